@@ -1,0 +1,1 @@
+"""Post-training INT8 quantisation of BEVFusion: `lean.quantize`, `lean.funcs` and `lean.train`."""
