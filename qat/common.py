@@ -1,0 +1,279 @@
+"""Plumbing shared by the scripts of this folder: arguments, errors, logging, devices, timing and tables.
+
+Importing it costs nothing but the standard library, so that ``--help`` answers at once.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import mmcv
+    import torch
+
+DEFAULT_CONFIG = "bevfusion/configs/nuscenes/det/transfusion/secfpn/camera+lidar/resnet50/convfuser.yaml"
+DEFAULT_CKPT = "model/resnet50/bevfusion-det.pth"
+
+_USERS_OS_ERRORS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}
+
+logger = logging.getLogger("qat")
+
+
+class UsageError(ValueError):
+    """An option that can't be used here: says which, why, and what to do, in one line."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds to the help of an option its default, if it has one that tells something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.nargs == 0 or action.default in (None, [])
+        return action.help if silent else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that shows defaults, takes no abbreviations, and reports a mistake in one line."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model and which data."""
+    parser.add_argument("--config", metavar="FILE", default=DEFAULT_CONFIG, help="YAML config of the model and data")
+    parser.add_argument("--ckpt", metavar="FILE", default=DEFAULT_CKPT, help="checkpoint with the float weights")
+    parser.add_argument(
+        "--dataset-root", metavar="DIR", help="folder of nuScenes and its info files, instead of the config's"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="override config keys, for example data.samples_per_gpu=2",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how to run: device, workers, seed, logging."""
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--workers", metavar="N", type=natural, help="data loading processes (default: the config's)")
+    parser.add_argument("--seed", metavar="N", type=natural, help="random seed (default: the config's)")
+    add_logging_arguments(parser)
+
+
+def add_logging_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add -v, -q and --log-file."""
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice: everything")
+    parser.add_argument("-q", "--quiet", action="store_true", help="log errors only")
+    parser.add_argument("--log-file", metavar="FILE", help="write the complete log to this file as well")
+
+
+def natural(text: str) -> int:
+    """Parse an integer from 0 to what fits a seed (32 bits)."""
+    return _integer(text, 0)
+
+
+def positive(text: str) -> int:
+    """Parse an integer of 1 or more."""
+    return _integer(text, 1)
+
+
+def _integer(text: str, least: int) -> int:
+    if not (text.isdecimal() and least <= int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, got {text!r}")
+    return int(text)
+
+
+def load_config(args: argparse.Namespace) -> "mmcv.Config":
+    """Load ``args.config`` with ``--dataset-root`` and ``--cfg-options`` applied, in that order.
+
+    Raises:
+        InputError: see `bevfusion.config.load_config`.
+    """
+    from bevfusion.config import load_config as load
+
+    root = args.dataset_root
+    options = [] if root is None else [f"dataset_root={json.dumps(os.path.join(root, ''), ensure_ascii=False)}"]
+    return load(args.config, [*options, *args.cfg_options])
+
+
+def choose_device(name: str) -> "torch.device":
+    """Turn ``auto``, ``cuda`` or ``cpu`` into a device.
+
+    Raises:
+        UsageError: ``cuda`` is asked for and torch sees none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device here; use --device cpu, "
+            "or run qat/doctor.py to find out why"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch; `deterministic` also makes torch choose repeatable algorithms where it has any."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def set_up_logging(args: argparse.Namespace) -> None:
+    """Send our log to stderr (warnings; -v: steps; -vv: everything; -q: errors only), and all of it to ``--log-file``.
+
+    Call it before the heavy imports: it also keeps off the terminal what libraries announce when they are imported
+    (their Python warnings are shown with -v).
+
+    Raises:
+        UsageError: the log file can't be written.
+    """
+    level = logging.ERROR if args.quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)]
+    terminal = logging.StreamHandler()
+    terminal.setLevel(level)
+    terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    terminal.addFilter(lambda record: record.name != "py.warnings" or args.verbose > 0)
+    handlers = [terminal, *([_log_file(Path(args.log_file))] if args.log_file else [])]
+    # Not on the root logger: absl, which pytorch-quantization imports, takes that over.
+    for name in ("bevfusion", "lean", "qat", "py.warnings"):
+        ours = logging.getLogger(name)
+        ours.setLevel(logging.DEBUG)
+        ours.propagate = False
+        ours.handlers = handlers
+    logging.captureWarnings(True)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    with suppress(ImportError):
+        from absl import logging as absl_logging
+
+        absl_logging.set_verbosity(absl_logging.ERROR)  # a line for each calibrator that is switched off
+
+
+def _log_file(path: Path) -> logging.Handler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--log-file {path}: {error.strerror}") from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call a script's `main` and exit with what it returns (None: 0).
+
+    Bad input, becomes one line on stderr and status 2; an interruption 130. A bug keeps its traceback.
+    """
+    try:
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (`| head`) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        logger.debug("stopped by bad input", exc_info=True)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(error: Exception) -> str | None:
+    """Return one line for an error that a user can mend, None for a bug."""
+    # Looked up among the modules loaded so far: importing them here could fail, or hide a failure to import them.
+    expected = [(__name__, "UsageError"), ("bevfusion.errors", "InputError"), ("lean.errors", "QuantizationError")]
+    expected.append(("torch", "OutOfMemoryError"))
+    types = tuple(getattr(sys.modules[module], name) for module, name in expected if module in sys.modules)
+    if isinstance(error, types):
+        text = str(error)
+        if "\nOriginal Traceback" in text:  # it came from a data loading process
+            text = text.strip().rpartition("\n")[2].partition(": ")[2]
+        return " ".join(text.split())
+    if isinstance(error, OSError) and error.errno in _USERS_OS_ERRORS and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror}; free some space and run again"
+    return None
+
+
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> str:
+    """Lay out a table; columns named in `right` are aligned to the right."""
+    from prettytable import PrettyTable
+
+    table = PrettyTable(list(headers), align="l")
+    for header in right:
+        table.align[header] = "r"
+    table.add_rows([list(row) for row in rows])
+    return table.get_string()
+
+
+class Steps:
+    """Seconds, and on a GPU the peak memory, of each named step of a run."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, float | None]] = []
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a block, waiting for the GPU at its end; a block that raises is left out."""
+        logger.info("%s ...", name)
+        if cuda := _cuda_in_use():
+            cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        yield
+        if cuda := _cuda_in_use():
+            cuda.synchronize()
+        peak = cuda.max_memory_allocated() / 2**20 if cuda else None
+        self.rows.append((name, time.perf_counter() - start, peak))
+
+    def table(self) -> str:
+        """Lay out the steps so far and their total."""
+        total = sum(seconds for _, seconds, _ in self.rows)
+        peaks = [peak for *_, peak in self.rows if peak is not None]
+        rows = [*self.rows, ("total", total, max(peaks, default=None))]
+        cells = [(name, f"{seconds:.1f}", "-" if peak is None else f"{peak:.0f}") for name, seconds, peak in rows]
+        headers = ("step", "seconds", "peak GPU MiB")
+        width = 3 if peaks else 2
+        return format_table(headers[:width], [row[:width] for row in cells], right=headers[1:width])
+
+
+def _cuda_in_use() -> Any:
+    """Return `torch.cuda` if this process uses it already, without loading torch for the question."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None
