@@ -27,10 +27,8 @@ def script(body: str, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 def test_importing_it_loads_nothing_heavy():
-    result = script(
-        "import sys; print(sorted({'torch', 'numpy', 'mmcv', 'bevfusion', 'prettytable'} & set(sys.modules)))"
-    )
-    assert result.stdout == "[]\n", result.stderr
+    result = script("import sys; print({'torch', 'numpy', 'mmcv', 'bevfusion', 'prettytable'} & set(sys.modules))")
+    assert result.stdout == "set()\n", result.stderr
 
 
 @pytest.mark.parametrize(
@@ -104,24 +102,18 @@ def parser() -> common.ArgumentParser:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--batches", "0"], "error: argument --batches: expected a whole number of 1 or more, got '0' (see --help)\n"),
-        (
-            ["--workers", "-1"],
-            "error: argument --workers: expected a whole number of 0 or more, got '-1' (see --help)\n",
-        ),
-        (["--seed", "x"], "error: argument --seed: expected a whole number of 0 or more, got 'x' (see --help)\n"),
-        (
-            ["--seed", str(2**32)],
-            f"error: argument --seed: expected a whole number of 0 or more, got '{2**32}' (see --help)\n",
-        ),
-        (["--conf", "x"], "error: unrecognized arguments: --conf x (see --help)\n"),
+        (["--batches", "0"], "argument --batches: expected a whole number of 1 or more, got '0'"),
+        (["--workers", "-1"], "argument --workers: expected a whole number of 0 or more, got '-1'"),
+        (["--seed", "x"], "argument --seed: expected a whole number of 0 or more, got 'x'"),
+        (["--seed", "4294967296"], "argument --seed: expected a whole number of 0 or more, got '4294967296'"),
+        (["--conf", "x"], "unrecognized arguments: --conf x"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(capsys, arguments, line):
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(arguments)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err == f"error: {line} (see --help)\n"
 
 
 def test_help_tells_the_defaults_that_tell_something():
@@ -218,7 +210,7 @@ def test_quiet_verbose_and_log_file(tmp_path):
 def test_an_unwritable_log_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     arguments = argparse.Namespace(quiet=False, verbose=0, log_file=str(tmp_path / "file" / "run.log"))
-    with pytest.raises(common.UsageError, match="--log-file .*run.log: Not a directory"):
+    with pytest.raises(common.UsageError, match=r"--log-file .*run\.log: File exists"):
         common.set_up_logging(arguments)
 
 
@@ -233,10 +225,8 @@ def test_steps_time_what_ran_and_add_up(monkeypatch):
         pass
     with pytest.raises(KeyError), steps.step("fails"):
         raise KeyError
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in steps.table().splitlines() if "|" in line
-    ]
-    assert lines == [["step", "seconds"], ["load", "1.5"], ["calibrate", "20.2"], ["total", "21.8"]]
+    rows = [line.replace("|", " ").split() for line in steps.table().splitlines() if "|" in line]
+    assert rows == [["step", "seconds"], ["load", "1.5"], ["calibrate", "20.2"], ["total", "21.8"]]
 
 
 @pytest.mark.gpu
