@@ -1,0 +1,175 @@
+"""Calibration: observe batches, choose amax, check that every quantizer got one."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+from torch import Tensor, nn
+
+from lean.errors import QuantizationError
+from lean.switches import named_quantizers, quantized_layers, quantizer_flags
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[nn.Module, Any], Any]
+# The library quantises everything to zero at an amax up to this, and 127 / amax leaves the float16 range near it.
+SMALLEST_AMAX = 2.0**-24
+
+
+def run_detector(model: nn.Module, batch: dict) -> Any:
+    """Run one batch of an mmdet3d data loader through a (wrapped) detector."""
+    return model(return_loss=False, rescale=True, **batch)
+
+
+def observe(
+    model: nn.Module,
+    batches: Iterable,
+    num_batch: int,
+    forward: Forward = run_detector,
+    progress: Callable[..., Iterable] | None = None,
+) -> int:
+    """Run exactly `num_batch` batches (or all, if there are fewer) and let the input quantizers gather statistics.
+
+    The model computes in floating point meanwhile; its training flags and quantizers are as before afterwards.
+
+    Args:
+        batches: yields what `forward` takes; no more than `num_batch` items are taken from it.
+        progress: wraps the iteration like `tqdm(iterable, total=n)`.
+
+    Returns:
+        The number of batches that ran.
+
+    Raises:
+        QuantizationError: `num_batch` is not positive, there is no batch, or a quantizer met NaN or infinity.
+    """
+    if num_batch < 1:
+        raise QuantizationError(f"calibration needs at least one batch, got {num_batch}")
+    total = min(num_batch, len(batches)) if isinstance(batches, Sized) else num_batch
+    chosen = itertools.islice(batches, num_batch)
+    everyone, observers = named_quantizers(model), _activation_quantizers(model)
+    done = 0
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        quantizer_flags(everyone.values(), _if_quant=False, _if_calib=False),
+        quantizer_flags(observers.values(), _if_calib=True),
+    ):
+        for batch in chosen if progress is None else progress(chosen, total=total):
+            forward(model, batch)
+            done += 1
+            _check_finite(observers, done)
+    if done == 0:
+        raise QuantizationError("calibration needs at least one batch, but the data loader is empty")
+    if done < num_batch:
+        logger.warning("calibrated on %d batches: the data loader has no more (%d were asked for)", done, num_batch)
+    return done
+
+
+def calibrate_weights(model: nn.Module) -> None:
+    """Set every weight quantizer's amax to the largest absolute weight per index of its axis.
+
+    A channel of zeros gets the layer's largest amax: it is zero at any scale, and no engine takes a scale of zero.
+
+    Raises:
+        QuantizationError: a weight holds NaN or infinity.
+    """
+    for name, layer in quantized_layers(model).items():
+        quantizer = getattr(layer, "_weight_quantizer", None)
+        if quantizer is None or quantizer._disabled:
+            continue
+        weight = layer.weight.detach()
+        others = [dim for dim in range(weight.dim()) if dim != quantizer.axis]
+        amax = weight.abs().amax(others, keepdim=True).float()
+        if not torch.isfinite(amax).all():
+            raise QuantizationError(f"{name}: the weight holds NaN or infinity; check the checkpoint")
+        largest = amax.max()
+        filler = largest if largest > SMALLEST_AMAX else torch.ones_like(largest)
+        quantizer.set_amax(torch.where(amax > SMALLEST_AMAX, amax, filler))
+
+
+def choose_amax(model: nn.Module, device: torch.device, method: str = "mse", **options: float) -> None:
+    """Set every enabled input quantizer's amax from its statistics.
+
+    Args:
+        device: where the amax are put: the model's.
+        method: `mse`, `entropy`, `percentile` or `max`.
+        options: further arguments of the calibrator's `compute_amax`, such as `percentile`.
+
+    Raises:
+        QuantizationError: a quantizer saw no data, or its amax is not finite and positive.
+    """
+    unseen, unusable = [], []
+    for name, quantizer in _activation_quantizers(model).items():
+        amax = quantizer._calibrator.compute_amax(method, **options)
+        if amax is None:
+            unseen.append(name)
+        elif not _usable(amax):
+            unusable.append(f"{name} ({amax.item():g})")
+        else:
+            quantizer.set_amax(amax.to(device))
+    if unseen:
+        raise QuantizationError(f"no data, or only zeros, reached {_some(unseen)}; check the data or disable the layer")
+    if unusable:
+        raise QuantizationError(f"amax is not finite and positive: {_some(unusable)}; check the data")
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Refuse a model with an enabled quantizer that has no finite, positive amax, naming it.
+
+    Raises:
+        QuantizationError: there is such a quantizer, or no quantizer at all.
+    """
+    quantizers = named_quantizers(model)
+    if not quantizers:
+        raise QuantizationError("the model has no quantizers: insert them before calibration")
+    bad = [name for name, q in quantizers.items() if not q._disabled and (q.amax is None or not _usable(q.amax))]
+    if bad:
+        raise QuantizationError(f"no finite, positive amax in {_some(bad)}; calibrate the model first")
+
+
+def reset_statistics(model: nn.Module) -> None:
+    """Make every input quantizer forget what it observed."""
+    for quantizer in _activation_quantizers(model).values():
+        quantizer._calibrator.reset()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode for the length of a `with` block; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's parameters."""
+    return next(itertools.chain(model.parameters(), model.buffers())).device
+
+
+def _activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """Every enabled quantizer of a layer's input once, by its first name."""
+    inputs = {layer._input_quantizer for layer in quantized_layers(model).values()}
+    return {name: q for name, q in named_quantizers(model).items() if q in inputs and not q._disabled}
+
+
+def _check_finite(quantizers: dict[str, TensorQuantizer], batch: int) -> None:
+    bad = [name for name, quantizer in quantizers.items() if quantizer._calibrator.nonfinite]
+    if bad:
+        raise QuantizationError(f"NaN or infinity in batch {batch} at {_some(bad)}")
+
+
+def _usable(amax: Tensor) -> bool:
+    return bool((torch.isfinite(amax) & (amax > 0)).all())
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
