@@ -1,0 +1,57 @@
+"""Data sets around data sets: building them from nested configs, class-balanced sampling."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from mmdet.datasets import ConcatDataset
+from mmdet3d.datasets import dataset_wrappers
+from torch.utils.data import Dataset
+
+from bevfusion.registry import DATASETS
+
+logger = logging.getLogger(__name__)
+
+
+@DATASETS.register_module()
+class CBGSDataset(dataset_wrappers.CBGSDataset):
+    """mmdet3d's class-balanced sampling (https://arxiv.org/abs/1908.09492), also where a class has no frame at all.
+
+    Args:
+        dataset: built data set with `CLASSES` and `get_cat_ids`.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set inside."""
+        self.dataset.set_epoch(epoch)
+
+    def _get_sample_indices(self) -> list[int]:
+        frames = {label: [] for label in self.cat2id.values()}
+        for index in range(len(self.dataset)):
+            for label in self.dataset.get_cat_ids(index):
+                frames[label].append(index)
+        absent = [name for name, label in self.cat2id.items() if not frames[label]]
+        if absent:
+            logger.warning("class-balanced sampling: no frame holds %s", ", ".join(absent))
+        if len(absent) == len(frames):
+            return list(range(len(self.dataset)))
+        total = sum(map(len, frames.values()))
+        chosen = []
+        for indices in filter(None, frames.values()):
+            ratio = 1.0 / len(frames) / (len(indices) / total)
+            chosen += np.random.choice(indices, int(len(indices) * ratio)).tolist()
+        return chosen
+
+
+def build_dataset(cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Dataset:
+    """Data set of a config; wrappers (CBGSDataset, RepeatDataset) hold another under `dataset`; a list is joined.
+
+    Raises:
+        InputError: a type is unknown, or the data set's files can't be used.
+    """
+    if not isinstance(cfg, Mapping):
+        return ConcatDataset([build_dataset(item) for item in cfg])
+    if isinstance(cfg.get("dataset"), Mapping):
+        cfg = {**cfg, "dataset": build_dataset(cfg["dataset"])}
+    return DATASETS.build(cfg)
