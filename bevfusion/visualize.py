@@ -46,7 +46,7 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SensorData:
     """What the sensors of one frame saw.
 
     images: camera name -> image; lidar2image: camera name -> (4, 4) from LiDAR to pixels of that image;
@@ -144,7 +144,7 @@ def height_colours(heights: np.ndarray) -> np.ndarray:
 
 
 def render_frame(
-    frame: Frame,
+    frame: SensorData,
     classes: Sequence[str],
     truth: Objects | None = None,
     detections: Objects | None = None,
@@ -186,7 +186,7 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         raise InputError(f"can't write the picture {path}: {error.strerror}") from error
 
 
-def _camera_tile(frame: Frame, name: str, layers: Sequence[tuple], width: int) -> np.ndarray:
+def _camera_tile(frame: SensorData, name: str, layers: Sequence[tuple], width: int) -> np.ndarray:
     """One camera's image, scaled to 16:9, with boxes; grey if the frame has no such camera."""
     height = width * 9 // 16
     if name not in frame.images:

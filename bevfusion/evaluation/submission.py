@@ -10,22 +10,23 @@ from pathlib import Path
 
 import numpy as np
 from nuscenes.eval.common.config import config_factory
-from pyquaternion import Quaternion
+from scipy.spatial.transform import Rotation
 
+from bevfusion.data.records import Frame
 from bevfusion.errors import InputError
 
 CONFIG = config_factory("detection_cvpr_2019")
 MOVING_SPEED = 0.2  # m/s; the limit of BEVFusion's result files
-# class -> (attribute when moving, attribute when still): the choice of BEVFusion's result files
+# class -> (attribute when still, attribute when moving): the choice of BEVFusion's result files
 ATTRIBUTES = {
-    "car": ("vehicle.moving", "vehicle.parked"),
-    "truck": ("vehicle.moving", "vehicle.parked"),
-    "bus": ("vehicle.moving", "vehicle.stopped"),
-    "trailer": ("vehicle.moving", "vehicle.parked"),
-    "construction_vehicle": ("vehicle.moving", "vehicle.parked"),
-    "pedestrian": ("pedestrian.moving", "pedestrian.standing"),
-    "motorcycle": ("cycle.with_rider", "cycle.without_rider"),
-    "bicycle": ("cycle.with_rider", "cycle.without_rider"),
+    "car": ("vehicle.parked", "vehicle.moving"),
+    "truck": ("vehicle.parked", "vehicle.moving"),
+    "bus": ("vehicle.stopped", "vehicle.moving"),
+    "trailer": ("vehicle.parked", "vehicle.moving"),
+    "construction_vehicle": ("vehicle.parked", "vehicle.moving"),
+    "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
+    "motorcycle": ("cycle.without_rider", "cycle.with_rider"),
+    "bicycle": ("cycle.without_rider", "cycle.with_rider"),
     "traffic_cone": ("", ""),
     "barrier": ("", ""),
 }
@@ -33,7 +34,7 @@ ATTRIBUTES = {
 
 def to_submission(
     results: Sequence[Mapping],
-    infos: Sequence[Mapping],
+    frames: Sequence[Frame],
     classes: Sequence[str],
     modality: Mapping[str, bool] | None = None,
 ) -> dict:
@@ -41,7 +42,7 @@ def to_submission(
 
     Args:
         results: dicts with boxes_3d (LiDARInstance3DBoxes of 9 columns), scores_3d and labels_3d (M,).
-        infos: the frames' info entries (token and poses), in the same order.
+        frames: the frames (token and poses), in the same order.
         classes: class names by label.
         modality: which sensors were used, for the submission's `meta` (default: camera and LiDAR).
 
@@ -53,11 +54,9 @@ def to_submission(
         raise InputError(f"class {unknown[0]!r} is not one of nuScenes' detection classes: {', '.join(ATTRIBUTES)}")
     used = {"use_lidar": True, "use_camera": True, **(modality or {})}
     sensors = ("use_lidar", "use_camera", "use_radar", "use_map", "use_external")
-    frames = {
-        info["token"]: _convert_frame(result, info, np.array(classes))
-        for result, info in zip(results, infos, strict=True)
-    }
-    return {"meta": {sensor: bool(used.get(sensor, False)) for sensor in sensors}, "results": frames}
+    names = np.array(classes)
+    converted = {frame.token: _convert(result, frame, names) for result, frame in zip(results, frames, strict=True)}
+    return {"meta": {sensor: bool(used.get(sensor, False)) for sensor in sensors}, "results": converted}
 
 
 def save_submission(submission: Mapping, path: str | Path) -> None:
@@ -85,42 +84,41 @@ def load_submission(path: str | Path) -> dict:
     return submission
 
 
-def _convert_frame(result: Mapping, info: Mapping, classes: np.ndarray) -> list[dict]:
+def _convert(result: Mapping, frame: Frame, classes: np.ndarray) -> list[dict]:
     """Submission entries of one frame, in the order of its detections, out-of-range ones left out."""
-    boxes = result["boxes_3d"].tensor.detach().cpu().numpy().astype(np.float64)
-    scores = result["scores_3d"].detach().cpu().numpy().astype(np.float64)
-    labels = result["labels_3d"].detach().cpu().numpy()
+    boxes, scores, labels = (
+        tensor.detach().cpu().numpy()
+        for tensor in (result["boxes_3d"].tensor, result["scores_3d"], result["labels_3d"])
+    )
     if not np.isfinite(boxes).all() or not np.isfinite(scores).all():
-        raise InputError(f"the model's detections for sample {info['token']} are not finite: it can't be evaluated")
-    lidar2ego, ego2global = Quaternion(info["lidar2ego_rotation"]), Quaternion(info["ego2global_rotation"])
+        raise InputError(f"the model's detections for sample {frame.token} are not finite: it can't be evaluated")
+    boxes = boxes.astype(np.float64)
     centres = boxes[:, :3] + boxes[:, 5:6] * (0, 0, 0.5)
-    in_ego = centres @ lidar2ego.rotation_matrix.T + info["lidar2ego_translation"]
-    names = classes[labels]
-    limits = np.array([CONFIG.class_range[name] for name in names], dtype=np.float64)
-    keep = np.flatnonzero(np.hypot(in_ego[:, 0], in_ego[:, 1]) <= limits)
+    in_ego = centres @ frame.lidar2ego[:3, :3].T + frame.lidar2ego[:3, 3]
+    limits = np.array([CONFIG.class_range[name] for name in classes], dtype=np.float64)
+    keep = np.flatnonzero(np.hypot(in_ego[:, 0], in_ego[:, 1]) <= limits[labels])
     if len(keep) > CONFIG.max_boxes_per_sample:  # the devkit refuses more: keep the best, in their order
         keep = np.sort(keep[np.argsort(-scores[keep], kind="stable")[: CONFIG.max_boxes_per_sample]])
-    boxes, names = boxes[keep], names[keep]
-    centres = in_ego[keep] @ ego2global.rotation_matrix.T + info["ego2global_translation"]
-    turn = (ego2global * lidar2ego).normalised
-    velocities = np.pad(boxes[:, 7:9], ((0, 0), (0, 1))) @ turn.rotation_matrix.T
-    speeds = np.hypot(velocities[:, 0], velocities[:, 1])
-    columns = zip(
-        centres.tolist(),
-        boxes[:, [4, 3, 5]].tolist(),
-        _yawed(turn, boxes[:, 6]).tolist(),
-        velocities[:, :2].tolist(),
-        names.tolist(),
-        scores[keep].tolist(),
-        [ATTRIBUTES[name][0 if speed > MOVING_SPEED else 1] for name, speed in zip(names, speeds, strict=True)],
-        strict=True,
-    )
-    fields = ("translation", "size", "rotation", "velocity", "detection_name", "detection_score", "attribute_name")
-    return [{"sample_token": info["token"], **dict(zip(fields, row, strict=True))} for row in columns]
+    boxes, names = boxes[keep], classes[labels[keep]].tolist()
+    lidar2global = frame.ego2global @ frame.lidar2ego
+    rotation = Rotation.from_matrix(lidar2global[:3, :3])
+    velocities = np.pad(boxes[:, 7:9], ((0, 0), (0, 1))) @ lidar2global[:3, :3].T
+    moving = np.hypot(velocities[:, 0], velocities[:, 1]) > MOVING_SPEED
+    columns = {
+        "translation": (centres[keep] @ lidar2global[:3, :3].T + lidar2global[:3, 3]).tolist(),
+        "size": boxes[:, [4, 3, 5]].tolist(),
+        "rotation": _yawed(rotation, boxes[:, 6]).tolist(),
+        "velocity": velocities[:, :2].tolist(),
+        "detection_name": names,
+        "detection_score": scores[keep].astype(np.float64).tolist(),
+        "attribute_name": [ATTRIBUTES[name][int(moves)] for name, moves in zip(names, moving, strict=True)],
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [{"sample_token": frame.token, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
-def _yawed(turn: Quaternion, yaw: np.ndarray) -> np.ndarray:
-    """(M, 4) quaternions (w, x, y, z) of `turn` after rotations by `yaw` (M,) about the z axis."""
-    w, x, y, z = turn.elements
+def _yawed(rotation: Rotation, yaw: np.ndarray) -> np.ndarray:
+    """(M, 4) quaternions (w, x, y, z) of `rotation` after turns by `yaw` (M,) about the z axis."""
+    x, y, z, w = rotation.as_quat()
     cos, sin = np.cos(yaw / 2), np.sin(yaw / 2)
     return np.stack([w * cos - z * sin, x * cos + y * sin, y * cos - x * sin, z * cos + w * sin], axis=1)

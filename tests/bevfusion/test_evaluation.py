@@ -1,8 +1,8 @@
 """Submission format against the reference, and scores against the devkit's own run."""
 
+import dataclasses
 import json
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 
 from bevfusion.boxes import legacy_to_lidar
 from bevfusion.create_data import create_data
+from bevfusion.data.infos import load_infos
+from bevfusion.data.records import Frame
 from bevfusion.errors import InputError
 from bevfusion.evaluation import (
     class_table,
@@ -31,21 +33,20 @@ CLASSES = (
 )
 
 
-def detections(boxes: np.ndarray, labels, scores=None, origin=(0.5, 0.5, 0.5)) -> dict:
-    """A result from legacy boxes (M, 9)."""
-    converted = torch.tensor(legacy_to_lidar(boxes), dtype=torch.float32).reshape(-1, 9)
+def detections(boxes: np.ndarray, labels, scores=None) -> dict:
+    """A model's result from boxes (M, 9)."""
     return {
-        "boxes_3d": LiDARInstance3DBoxes(converted, box_dim=9, origin=origin),
+        "boxes_3d": LiDARInstance3DBoxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 9), box_dim=9),
         "labels_3d": torch.as_tensor(np.array(labels, dtype=np.int64)),
         "scores_3d": torch.ones(len(boxes)) if scores is None else torch.as_tensor(scores),
     }
 
 
-def perfect(info: dict) -> dict:
+def perfect(frame: Frame) -> dict:
     """The ground truth of a frame as detections."""
-    rows = [row for row, name in enumerate(info["gt_names"]) if name in CLASSES]
-    boxes = np.column_stack([info["gt_boxes"], info["gt_velocity"]])[rows]
-    return detections(boxes, [CLASSES.index(info["gt_names"][row]) for row in rows])
+    truth = frame.ground_truth
+    rows = [row for row, name in enumerate(truth.names) if name in CLASSES]
+    return detections(truth.boxes[rows], [CLASSES.index(truth.names[row]) for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -61,37 +62,38 @@ def nuscenes(root):
 
 
 @pytest.fixture(scope="module")
-def infos(root):
-    return pickle.loads((root / "nuscenes_infos_val.pkl").read_bytes())["infos"]
+def frames(root):
+    return load_infos(root / "nuscenes_infos_val.pkl")[0]
 
 
 @pytest.fixture(scope="module")
-def noisy(infos):
+def noisy(frames):
     """A submission with good, displaced, doubled and wrong detections."""
     rng = np.random.default_rng(0)
     results = []
-    for info in infos:
-        boxes = np.column_stack([info["gt_boxes"], info["gt_velocity"]])[[0, 1, 2, 3, 0, 1]]
+    for frame in frames:
+        boxes = frame.ground_truth.boxes[[0, 1, 2, 3, 0, 1]]
         boxes[:, :2] += rng.normal(0, 0.6, (6, 2))
         boxes[:, 6:] += rng.normal(0, 0.3, (6, 3))
         labels = [CLASSES.index(name) for name in ("car", "pedestrian", "traffic_cone", "truck", "car", "bus")]
         results.append(detections(boxes, labels, rng.uniform(0.1, 0.9, 6).astype(np.float32)))
-    return to_submission(results, infos, CLASSES)
+    return to_submission(results, frames, CLASSES)
 
 
 def test_reference_result_file(golden):
     arrays = np.load(golden / "float_forward.npz")
     reference = json.loads((golden / "nuscenes_result.json").read_text())
-    # decoded head outputs have z at the bottom
-    result = detections(
-        arrays["result/boxes_3d"], arrays["result/labels_3d"], arrays["result/scores_3d"], origin=(0.5, 0.5, 0)
-    )
     (token, expected), *_ = reference["result"]["results"].items()
-    submission = to_submission([result], [{"token": token, **reference}], CLASSES)
+    (frame,), _ = load_infos(golden / "realframe_info.json")
+    assert frame.token == token
+    result = detections(
+        legacy_to_lidar(arrays["result/boxes_3d"]), arrays["result/labels_3d"], arrays["result/scores_3d"]
+    )
+    submission = to_submission([result], [frame], CLASSES)
     assert submission["meta"] == reference["result"]["meta"]
-    (frame,) = submission["results"].values()
-    assert len(frame) == len(expected) == reference["num_boxes_out"]
-    for ours, theirs in zip(frame, expected, strict=True):
+    (entries,) = submission["results"].values()
+    assert len(entries) == len(expected) == reference["num_boxes_out"]
+    for ours, theirs in zip(entries, expected, strict=True):
         assert set(ours) == set(theirs)
         for key in ("sample_token", "detection_name", "attribute_name"):
             assert ours[key] == theirs[key]
@@ -99,13 +101,13 @@ def test_reference_result_file(golden):
             np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-5)
 
 
-def test_ground_truth_becomes_its_own_annotations(infos, nuscenes):
-    submission = to_submission([perfect(info) for info in infos], infos, CLASSES)
-    for info in infos:
+def test_ground_truth_becomes_its_own_annotations(frames, nuscenes):
+    submission = to_submission([perfect(frame) for frame in frames], frames, CLASSES)
+    for frame in frames:
         annotations = [
-            nuscenes.get("sample_annotation", token) for token in nuscenes.get("sample", info["token"])["anns"]
+            nuscenes.get("sample_annotation", token) for token in nuscenes.get("sample", frame.token)["anns"]
         ]
-        entries = submission["results"][info["token"]]
+        entries = submission["results"][frame.token]
         assert len(entries) == 4  # the animal is no detection class
         for entry, annotation in zip(entries, annotations, strict=False):
             np.testing.assert_allclose(entry["translation"], annotation["translation"], atol=1e-4)
@@ -115,7 +117,7 @@ def test_ground_truth_becomes_its_own_annotations(infos, nuscenes):
             assert abs(np.dot(entry["rotation"], annotation["rotation"])) > math.cos(0.03)
 
 
-def test_out_of_range_detections_are_left_out(infos):
+def test_out_of_range_detections_are_left_out(frames):
     # class ranges are about the ego: car 50 m, pedestrian 40 m, traffic cone 30 m; the LiDAR sits 0.9 m ahead of it
     ahead = np.zeros((6, 9))
     ahead[:, 1] = [48.9, 49.3, 38.9, 39.3, 28.9, 29.3]
@@ -123,17 +125,18 @@ def test_out_of_range_detections_are_left_out(infos):
     labels = [
         CLASSES.index(name) for name in ("car", "car", "pedestrian", "pedestrian", "traffic_cone", "traffic_cone")
     ]
-    frame = {**infos[0], "lidar2ego_rotation": [0.5**0.5, 0, 0, -(0.5**0.5)]}  # LiDAR's y is the ego's x
+    lidar2ego = np.array([[0, 1, 0, 0.9], [-1, 0, 0, 0], [0, 0, 1, 1.8], [0, 0, 0, 1]])  # its y is the ego's x
+    frame = dataclasses.replace(frames[0], lidar2ego=lidar2ego)
     (entries,) = to_submission([detections(ahead, labels)], [frame], CLASSES)["results"].values()
     assert [entry["detection_name"] for entry in entries] == ["car", "pedestrian", "traffic_cone"]
 
 
-def test_attributes_follow_the_speed(infos):
+def test_attributes_follow_the_speed(frames):
     boxes = np.zeros((20, 9))
     boxes[:, 3:6] = 1
     boxes[10:, 7] = 0.21
     boxes[:10, 8] = 0.19
-    (entries,) = to_submission([detections(boxes, [*range(10)] * 2)], infos[:1], CLASSES)["results"].values()
+    (entries,) = to_submission([detections(boxes, [*range(10)] * 2)], frames[:1], CLASSES)["results"].values()
     still = {entry["detection_name"]: entry["attribute_name"] for entry in entries[:10]}
     moving = {entry["detection_name"]: entry["attribute_name"] for entry in entries[10:]}
     vehicles = ("car", "truck", "trailer", "construction_vehicle", "bus")
@@ -144,15 +147,15 @@ def test_attributes_follow_the_speed(infos):
     assert still["barrier"] == moving["traffic_cone"] == ""
 
 
-def test_only_the_best_500_are_kept(infos):
+def test_only_the_best_500_are_kept(frames):
     scores = np.linspace(0, 1, 600, dtype=np.float32)[::-1].copy()
     boxes = np.tile([1.0, 2, 0, 1, 1, 1, 0, 0, 0], (600, 1))
-    (entries,) = to_submission([detections(boxes, [0] * 600, scores)], infos[:1], CLASSES)["results"].values()
+    (entries,) = to_submission([detections(boxes, [0] * 600, scores)], frames[:1], CLASSES)["results"].values()
     assert [entry["detection_score"] for entry in entries] == scores[:500].tolist()
 
 
-def test_perfect_detections(infos, nuscenes):
-    scores = score_submission(to_submission([perfect(info) for info in infos], infos, CLASSES), nuscenes)
+def test_perfect_detections(frames, nuscenes):
+    scores = score_submission(to_submission([perfect(frame) for frame in frames], frames, CLASSES), nuscenes)
     seen = {"car", "pedestrian", "traffic_cone"}
     assert scores.class_aps == {name: pytest.approx(float(name in seen)) for name in scores.class_aps}
     assert scores.mean_ap == pytest.approx(0.3)
@@ -176,8 +179,8 @@ def test_scores_equal_the_devkit_on_a_whole_split(noisy, nuscenes, tmp_path):
     assert scores.class_aps == metrics.mean_dist_aps
 
 
-def test_some_frames_only(noisy, infos, nuscenes):
-    token = infos[1]["token"]
+def test_some_frames_only(noisy, frames, nuscenes):
+    token = frames[1].token
     alone = {"meta": noisy["meta"], "results": {token: noisy["results"][token]}}
     subset = score_submission(noisy, nuscenes, [token])
     assert str(subset) == str(score_submission(alone, nuscenes))  # as text, because NaN differs from itself
@@ -185,8 +188,8 @@ def test_some_frames_only(noisy, infos, nuscenes):
     assert subset.truth_counts["car"] == 1
 
 
-def test_no_detections_at_all(infos, nuscenes):
-    submission = to_submission([detections(np.zeros((0, 9)), [])] * 3, infos, CLASSES)
+def test_no_detections_at_all(frames, nuscenes):
+    submission = to_submission([detections(np.zeros((0, 9)), [])] * 3, frames, CLASSES)
     scores = score_submission(submission, nuscenes)
     assert (scores.mean_ap, scores.nds) == (0, 0)
 
@@ -222,18 +225,18 @@ def too_many(submission):
         (too_many, "has 600 detections; nuScenes allows 500"),
     ],
 )
-def test_bad_submissions_are_refused(noisy, infos, nuscenes, spoil, message):
+def test_bad_submissions_are_refused(noisy, frames, nuscenes, spoil, message):
     submission = json.loads(json.dumps(noisy))
     spoil(submission)
     with pytest.raises(InputError, match=message):
-        score_submission(submission, nuscenes, [info["token"] for info in infos])
+        score_submission(submission, nuscenes, [frame.token for frame in frames])
 
 
-def test_detections_that_are_not_finite_are_refused(infos):
-    result = perfect(infos[0])
+def test_detections_that_are_not_finite_are_refused(frames):
+    result = perfect(frames[0])
     result["boxes_3d"].tensor[0, 3] = math.nan
-    with pytest.raises(InputError, match=f"sample {infos[0]['token']} are not finite"):
-        to_submission([result], infos[:1], CLASSES)
+    with pytest.raises(InputError, match=f"sample {frames[0].token} are not finite"):
+        to_submission([result], frames[:1], CLASSES)
     with pytest.raises(InputError, match="class 'tank'"):
         to_submission([], [], ["tank"])
 
@@ -249,8 +252,8 @@ def test_files_that_are_no_submission_are_refused(tmp_path, text, message):
         save_submission({}, tmp_path / "results.json" / "below.json")
 
 
-def test_tables(infos, nuscenes, noisy):
-    good = score_submission(to_submission([perfect(info) for info in infos], infos, CLASSES), nuscenes)
+def test_tables(frames, nuscenes, noisy):
+    good = score_submission(to_submission([perfect(frame) for frame in frames], frames, CLASSES), nuscenes)
     bad = score_submission(noisy, nuscenes)
     summary = summary_table({"FP32": good, "INT8": bad})
     row = next(line for line in summary.splitlines() if "mAP" in line)

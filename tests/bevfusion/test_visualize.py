@@ -15,8 +15,8 @@ from bevfusion.visualize import (
     EDGES,
     NEAR,
     PALETTE,
-    Frame,
     Objects,
+    SensorData,
     box_corners,
     draw_birds_eye_view,
     draw_boxes,
@@ -51,7 +51,7 @@ def scene(golden, realframe):
     boxes[:, 2] -= boxes[:, 5] / 2
     labels = np.array([CLASSES.index(name) if name in CLASSES else -1 for name in info["gt_names"]])
     points = np.fromfile(realframe / info["lidar_path"], "<f4").reshape(-1, 5)
-    return Frame(info["token"], images, lidar2image, points), Objects(boxes, labels)
+    return SensorData(info["token"], images, lidar2image, points), Objects(boxes, labels)
 
 
 def test_corners_are_those_of_mmdet3d():
@@ -171,7 +171,7 @@ def test_ground_truth_is_white_beside_detections(scene):
 
 def test_a_frame_without_cameras_is_drawn(scene):
     frame, truth = scene
-    picture = render_frame(Frame("t", {}, {}, frame.points), CLASSES, truth, camera_width=160)
+    picture = render_frame(SensorData("t", {}, {}, frame.points), CLASSES, truth, camera_width=160)
     assert picture.shape == (44 + 180 + 360, 480, 3)
 
 
