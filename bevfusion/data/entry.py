@@ -66,3 +66,18 @@ class Entry:
         if not isinstance(values, Sequence) or isinstance(values, str):
             raise InputError(f"{self.where}: {key!r} should be a list, not {type(values).__name__}")
         return [Entry(value, f"{self.where}: {key}[{i}]") for i, value in enumerate(values)]
+
+
+def column(entries: Sequence[Entry], key: str, *shape: int) -> np.ndarray:
+    """One key of N mappings, numbers of `shape` each, as a (N, ...) float64 array.
+
+    Raises:
+        InputError: names the mapping and what is wrong with its key.
+    """
+    try:
+        values = np.array([entry.values[key] for entry in entries], dtype=np.float64)
+    except (KeyError, TypeError, ValueError):
+        values = np.empty(0)
+    if values.shape == (len(entries), *shape) and np.isfinite(values).all():
+        return values
+    return np.array([entry.array(key, *shape) for entry in entries]).reshape(len(entries), *shape)  # finds the fault

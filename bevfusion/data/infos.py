@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bevfusion.boxes import legacy_to_lidar
-from bevfusion.data.entry import Entry
+from bevfusion.data.entry import Entry, column
 from bevfusion.data.infos_mmdet3d import read_mmdet3d_frame
 from bevfusion.data.pickles import load_pickle
 from bevfusion.data.records import Cameras, Frame, GroundTruth, Sweeps
@@ -77,19 +77,19 @@ def _read_frame(info: Entry, lengths_first: bool) -> Frame:
         timestamp=int(info.array("timestamp")),
         location=info.text("location") if "location" in info else None,
         lidar_path=info.text("lidar_path"),
-        lidar2ego=_pose(info, "lidar2ego"),
-        ego2global=_pose(info, "ego2global"),
+        lidar2ego=_poses([info], "lidar2ego")[0],
+        ego2global=_poses([info], "ego2global")[0],
         cameras=Cameras(
             names=tuple(cameras.values),
             paths=tuple(camera.text("data_path") for camera in readers),
-            intrinsics=_stack([_intrinsics(camera) for camera in readers], 3),
-            camera2ego=_stack([_pose(camera, "sensor2ego") for camera in readers], 4),
-            camera2lidar=_stack([_sensor2lidar(camera) for camera in readers], 4),
+            intrinsics=_intrinsics(readers),
+            camera2ego=_poses(readers, "sensor2ego"),
+            camera2lidar=_sensors2lidar(readers),
         ),
         sweeps=Sweeps(
             paths=tuple(sweep.text("data_path") for sweep in sweeps),
-            timestamps=np.array([sweep.array("timestamp") for sweep in sweeps], dtype=np.float64),
-            sweep2lidar=_stack([_sensor2lidar(sweep) for sweep in sweeps], 4),
+            timestamps=column(sweeps, "timestamp"),
+            sweep2lidar=_sensors2lidar(sweeps),
         ),
         ground_truth=_ground_truth(info, lengths_first) if "gt_boxes" in info else None,
     )
@@ -133,41 +133,36 @@ def _lengths_first(infos: Sequence[Entry]) -> bool:
     return bool(excess) and bool(np.median(excess) > 0)
 
 
-def _intrinsics(camera: Entry) -> np.ndarray:
-    return camera.array("cam_intrinsic" if "cam_intrinsic" in camera else "camera_intrinsics", 3, 3)
+def _intrinsics(cameras: Sequence[Entry]) -> np.ndarray:
+    old = bool(cameras) and "cam_intrinsic" in cameras[0]  # as mmdet3d and BEVFusion's first version call it
+    return column(cameras, "cam_intrinsic" if old else "camera_intrinsics", 3, 3)
 
 
-def _pose(entry: Entry, name: str) -> np.ndarray:
-    """(4, 4) from the quaternion (w, x, y, z) and translation that `entry` stores under `name`."""
-    w, x, y, z = _normalised(entry, f"{name}_rotation")
-    rotation = [
+def _poses(entries: Sequence[Entry], name: str) -> np.ndarray:
+    """(N, 4, 4) from the quaternions (w, x, y, z) and translations that N entries store under `name`."""
+    quaternions = column(entries, f"{name}_rotation", 4)
+    lengths = np.linalg.norm(quaternions, axis=1, keepdims=True)
+    if not lengths.all():
+        raise InputError(f"{entries[int(lengths.argmin())].where}: '{name}_rotation' is the zero quaternion")
+    w, x, y, z = (quaternions / lengths).T
+    rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
         [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
         [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
     ]
-    return _transform(rotation, entry.array(f"{name}_translation", 3))
+    return _transforms(np.moveaxis(np.array(rows), 2, 0), column(entries, f"{name}_translation", 3))
 
 
-def _normalised(entry: Entry, key: str) -> np.ndarray:
-    quaternion = entry.array(key, 4)
-    length = np.linalg.norm(quaternion)
-    if length == 0:
-        raise InputError(f"{entry.where}: {key!r} is the zero quaternion")
-    return quaternion / length
+def _sensors2lidar(entries: Sequence[Entry]) -> np.ndarray:
+    rotations = column(entries, "sensor2lidar_rotation", 3, 3)
+    return _transforms(rotations, column(entries, "sensor2lidar_translation", 3))
 
 
-def _sensor2lidar(entry: Entry) -> np.ndarray:
-    return _transform(entry.array("sensor2lidar_rotation", 3, 3), entry.array("sensor2lidar_translation", 3))
-
-
-def _transform(rotation: Any, translation: np.ndarray) -> np.ndarray:
-    transform = np.eye(4)
-    transform[:3, :3], transform[:3, 3] = rotation, translation
-    return transform
-
-
-def _stack(matrices: list[np.ndarray], size: int) -> np.ndarray:
-    return np.stack(matrices) if matrices else np.empty((0, size, size))
+def _transforms(rotations: np.ndarray, translations: np.ndarray) -> np.ndarray:
+    """(N, 4, 4) from (N, 3, 3) and (N, 3)."""
+    transforms = np.zeros((len(rotations), 4, 4))
+    transforms[:, :3, :3], transforms[:, :3, 3], transforms[:, 3, 3] = rotations, translations, 1
+    return transforms
 
 
 def _check_cameras(frames: list[Frame], path: str | Path) -> None:

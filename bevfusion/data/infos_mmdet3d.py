@@ -6,7 +6,7 @@ mmdet3d 1.0's convention with the gravity centre.
 
 import numpy as np
 
-from bevfusion.data.entry import Entry
+from bevfusion.data.entry import Entry, column
 from bevfusion.data.records import Cameras, Frame, GroundTruth, Sweeps
 
 
@@ -19,68 +19,62 @@ def read_mmdet3d_frame(info: Entry, metainfo: Entry) -> Frame:
     lidar, cameras = info.entry("lidar_points"), info.entry("images")
     readers = [cameras.entry(name) for name in cameras.values]
     sweeps = info.entries("lidar_sweeps") if "lidar_sweeps" in info else []
+    clouds = [sweep.entry("lidar_points") for sweep in sweeps]
     return Frame(
         token=info.text("token"),
         scene=info.text("scene_token") if "scene_token" in info else "",
-        timestamp=round(_microseconds(info)),
+        timestamp=round(float(_microseconds(info.array("timestamp")))),
         location=info.text("location") if "location" in info else None,
         lidar_path=lidar.text("lidar_path"),
-        lidar2ego=_nearest_pose(lidar.array("lidar2ego", 4, 4)),
-        ego2global=_nearest_pose(info.array("ego2global", 4, 4)),
+        lidar2ego=_nearest_poses(lidar.array("lidar2ego", 4, 4)),
+        ego2global=_nearest_poses(info.array("ego2global", 4, 4)),
         cameras=Cameras(
             names=tuple(cameras.values),
             paths=tuple(camera.text("img_path") for camera in readers),
-            intrinsics=_stack([camera.array("cam2img", 3, 3) for camera in readers], 3),
-            camera2ego=_stack([_nearest_pose(camera.array("cam2ego", 4, 4)) for camera in readers], 4),
-            camera2lidar=_stack([_inverse(camera.array("lidar2cam", 4, 4)) for camera in readers], 4),
+            intrinsics=column(readers, "cam2img", 3, 3),
+            camera2ego=_nearest_poses(column(readers, "cam2ego", 4, 4)),
+            camera2lidar=_inverses(column(readers, "lidar2cam", 4, 4)),
         ),
         sweeps=Sweeps(
-            paths=tuple(sweep.entry("lidar_points").text("lidar_path") for sweep in sweeps),
-            timestamps=np.array([_microseconds(sweep) for sweep in sweeps], dtype=np.float64),
-            sweep2lidar=_stack(
-                [_inverse(sweep.entry("lidar_points").array("lidar2sensor", 4, 4)) for sweep in sweeps], 4
-            ),
+            paths=tuple(cloud.text("lidar_path") for cloud in clouds),
+            timestamps=_microseconds(column(sweeps, "timestamp")),
+            sweep2lidar=_inverses(column(clouds, "lidar2sensor", 4, 4)),
         ),
         ground_truth=_ground_truth(info.entries("instances"), metainfo) if "instances" in info else None,
     )
 
 
 def _ground_truth(instances: list[Entry], metainfo: Entry) -> GroundTruth:
-    labels = {int(label): name for name, label in metainfo.entry("categories").values.items()}
-    boxes = np.array([instance.array("bbox_3d", 7) for instance in instances]).reshape(-1, 7)
+    classes = {int(label): name for name, label in metainfo.entry("categories").values.items()}
+    boxes = column(instances, "bbox_3d", 7)
     boxes[:, 2] -= boxes[:, 5] / 2
     velocities = [instance.array("velocity", 2, finite=False) for instance in instances]
-    valid = [bool(instance["bbox_3d_isvalid"]) for instance in instances]
-    # label -1 stands for the classes that detection ignores
-    names = [labels.get(int(instance.array("bbox_label_3d")), "ignored") for instance in instances]
+    labels = column(instances, "bbox_label_3d").astype(int)
     return GroundTruth(
         boxes=np.hstack([boxes, np.array(velocities).reshape(-1, 2)]),
-        names=np.array(names, dtype=np.str_),
-        lidar_points=np.array([instance.array("num_lidar_pts") for instance in instances], dtype=np.int64),
-        valid=np.array(valid, dtype=bool),
+        # label -1 stands for the classes that detection ignores
+        names=np.array([classes.get(label, "ignored") for label in labels], dtype=np.str_),
+        lidar_points=column(instances, "num_lidar_pts").astype(np.int64),
+        valid=column(instances, "bbox_3d_isvalid") > 0,
     )
 
 
-def _microseconds(entry: Entry) -> float:
-    time = float(entry.array("timestamp"))
-    return time * 1e6 if time < 1e12 else time  # some converters kept nuScenes' microseconds
+def _microseconds(times: np.ndarray) -> np.ndarray:
+    return np.where(times < 1e12, times * 1e6, times)  # some converters kept nuScenes' microseconds
 
 
-def _nearest_pose(matrix: np.ndarray) -> np.ndarray:
-    """The rigid transform (4, 4) nearest to a rounded one."""
-    left, _, right = np.linalg.svd(matrix[:3, :3])
-    pose = matrix.copy()
-    pose[:3, :3] = left @ right
-    return pose
+def _nearest_poses(matrices: np.ndarray) -> np.ndarray:
+    """The rigid transforms (..., 4, 4) nearest to rounded ones."""
+    left, _, right = np.linalg.svd(matrices[..., :3, :3])
+    poses = matrices.copy()
+    poses[..., :3, :3] = left @ right
+    return poses
 
 
-def _inverse(matrix: np.ndarray) -> np.ndarray:
-    """Inverse (4, 4) of a rigid transform by transposition: the rounded rotation is kept as it is."""
-    rotation, translation = matrix[:3, :3].T, matrix[:3, 3]
-    inverse = np.eye(4)
-    inverse[:3, :3], inverse[:3, 3] = rotation, -rotation @ translation
-    return inverse
-
-
-def _stack(matrices: list[np.ndarray], size: int) -> np.ndarray:
-    return np.stack(matrices) if matrices else np.empty((0, size, size))
+def _inverses(matrices: np.ndarray) -> np.ndarray:
+    """Inverses (N, 4, 4) of rigid transforms by transposition: the rounded rotations are kept as they are."""
+    rotations = np.swapaxes(matrices[:, :3, :3], 1, 2)
+    inverses = np.zeros_like(matrices)
+    inverses[:, :3, :3], inverses[:, 3, 3] = rotations, 1
+    inverses[:, :3, 3:] = -rotations @ matrices[:, :3, 3:]
+    return inverses
