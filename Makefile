@@ -1,0 +1,16 @@
+# make setup   build .venv; takes seconds when nothing has changed; REPAIR="spconv mmcv" installs these stages again
+# make lint    check style and formatting
+# make test    run the tests; PYTEST_ARGS="-k config" selects some
+.PHONY: setup lint test
+
+BIN := .venv/bin
+
+setup:
+	@PYTHON="$(PYTHON)" WHEELS="$(WHEELS)" REPAIR="$(REPAIR)" bash requirements/install.sh
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# Build the virtual environment .venv; run by `make setup`.
+#
+# The work is cut into stages. Each leaves a stamp that says what it installed, so that a stage whose lists have not
+# changed is skipped, and one that was interrupted is recognised and installed again, by force.
+#
+#   REPAIR   stages to install again by force, or "all"; qat/doctor.py names them
+#   PYTHON   interpreter to build on          (default: the first of python3, python3.12, python3.11 that fits)
+#   WHEELS   folder with a mmcv-full wheel    (default: ../shared/wheels if it exists); none fits: built from source
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=.venv
+WHEELS=${WHEELS:-../shared/wheels}
+LISTS=requirements
+STAMPS=$VENV/.stages
+LOG=.cache/setup.log
+PY=$VENV/bin/python
+CHANGED=
+
+fail() { echo "error: $*" >&2; exit 2; }
+note() { echo "setup: $*"; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or 3.12 is needed, found ${PYTHON:-$(python3 --version 2>&1)};" \
+        "install one and run: make setup PYTHON=/path/to/python3.12"
+}
+
+# What mmcv's operators and spconv are installed for: cuda on a machine with an NVIDIA GPU and a compiler for it.
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+has_nvcc() { [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] || command -v nvcc >/dev/null; }
+
+pip() { "$PY" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# stage NAME FILES… -- COMMAND…: run COMMAND unless it has been run for the same contents of FILES and of all stages
+# before it. COMMAND sees in $FORCE what makes pip install again over what an interruption has left.
+KEY=
+stage() {
+    local name=$1 stamp=$STAMPS/$1 files=() state
+    shift
+    while [ "$1" != -- ]; do files+=("$1"); shift; done
+    shift
+    KEY=$({ echo "$KEY $name $*"; cat -- /dev/null "${files[@]}"; } | sha256sum | cut -d' ' -f1)
+    state=$(cat "$stamp" 2>/dev/null || true)
+    case " ${REPAIR:-} " in *" $name "* | *" all "*) state=started ;; esac
+    [ "$state" != "$KEY" ] || return 0
+    CHANGED=yes FORCE=
+    if [ "$state" = started ]; then
+        FORCE=--force-reinstall
+        clear_leftovers
+    fi
+    echo started >"$stamp"
+    note "$name ..."
+    local start=$SECONDS status=0
+    set +e # "|| fail" behind the command would switch -e off inside it
+    (set -e; "$@") >>"$LOG" 2>&1
+    status=$?
+    set -e
+    if [ $status != 0 ]; then
+        tail -n 30 "$LOG" >&2
+        fail "setup stage '$name' failed; the whole log: $LOG"
+    fi
+    note "$name: $((SECONDS - start)) s"
+    echo "$KEY" >"$stamp.new" && mv "$stamp.new" "$stamp"
+}
+
+# A killed pip leaves packages without a list of their files, which it then can neither use nor remove.
+clear_leftovers() {
+    local info
+    for info in "$VENV"/lib/python3*/site-packages/*.dist-info; do
+        [ -e "$info/RECORD" ] || rm -rf "$info"
+    done
+    rm -rf "$VENV"/lib/python3*/site-packages/~*
+}
+
+make_venv() { # one that is half made, or made for another interpreter or folder, is made anew
+    KEY="$PWD $1 $("$1" --version)"
+    if [ "$(cat "$STAMPS/venv" 2>/dev/null)" = "$KEY" ] && "$PY" -c '' 2>/dev/null; then return; fi
+    [ ! -e "$VENV" ] || [ -e "$VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$VENV")" ] ||
+        fail "$VENV exists and is no virtual environment; move it away"
+    note "making $VENV with $1"
+    rm -rf "$VENV"
+    "$1" -m venv "$VENV"
+    mkdir "$STAMPS"
+    echo "$KEY" >"$STAMPS/venv"
+}
+
+install_list() { pip install $FORCE -c "$LISTS/tools.txt" -c "$LISTS/base.txt" -r "$LISTS/$1.txt"; }
+
+install_no_deps() { pip install $FORCE --no-deps --no-build-isolation -r "$LISTS/no-deps.txt"; }
+
+install_spconv() { # the two builds hold the same module, so the other one has to go first
+    pip uninstall --yes spconv spconv-cu126 cumm cumm-cu126
+    install_list "spconv-$1"
+}
+
+install_mmcv() {
+    local ops=$1 built
+    if [ "$ops" = cpu ] && [ -d "$WHEELS" ] && install_mmcv_from "$WHEELS"; then return; fi
+    built=.cache/wheels/$("$PY" -c 'import sys, torch; print("py%d%d-torch" % sys.version_info[:2] + torch.__version__)')-$ops
+    compgen -G "$built/mmcv_full-*.whl" >/dev/null || build_mmcv "$ops" "$built"
+    install_mmcv_from "$built"
+}
+
+# pip's own cache keeps one mmcv-full wheel whatever torch it was built against, hence --no-cache-dir.
+install_mmcv_from() {
+    pip install --force-reinstall --no-deps --no-cache-dir --no-index --find-links "$1" -r "$LISTS/mmcv.txt" &&
+        "$PY" -c 'import torch, mmcv.ops'
+}
+
+build_mmcv() { # keeps its object files in .cache, so that an interrupted build goes on where it was
+    local ops=$1 wheels=$2 source=.cache/build/$(basename "$2")
+    if ! compgen -G "$source/mmcv-full-*/setup.py" >/dev/null; then
+        rm -rf "$source" "$source.new"
+        pip download --no-deps --no-build-isolation --no-cache-dir --no-binary :all: -d "$source.new" -r "$LISTS/mmcv.txt"
+        tar xzf "$source.new"/mmcv-full-*.tar.gz -C "$source.new"
+        mv "$source.new" "$source"
+    fi
+    rm -rf "$wheels.new"
+    if [ "$ops" = cuda ]; then export FORCE_CUDA=1; else export FORCE_CUDA=0 CUDA_VISIBLE_DEVICES=; fi
+    MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} pip wheel --no-deps --no-build-isolation --no-cache-dir \
+        -w "$wheels.new" "$source"/mmcv-full-*/
+    mv "$wheels.new" "$wheels"
+}
+
+install_project() { pip install --no-deps --no-build-isolation -e .; }
+
+main() {
+    local spconv=cpu ops=cpu python
+    python=$(find_python)
+    mkdir -p .cache/wheels .cache/build
+    exec 9>.cache/setup.lock
+    flock 9 # a second `make setup` waits for the first
+    if has_gpu; then
+        spconv=cuda
+        if has_nvcc; then ops=cuda; else note "a GPU but no nvcc: mmcv's operators are installed for the CPU only;" \
+            "install the CUDA toolkit of torch's version and run make setup again"; fi
+    fi
+    make_venv "$python"
+    : >"$LOG"
+    stage tools $LISTS/tools.txt -- install_list tools
+    stage torch $LISTS/torch.txt -- install_list torch
+    stage base $LISTS/base.txt -- install_list base
+    stage spconv $LISTS/spconv-$spconv.txt -- install_spconv $spconv
+    stage mmcv $LISTS/mmcv.txt -- install_mmcv $ops
+    stage no-deps $LISTS/no-deps.txt -- install_no_deps
+    stage dev $LISTS/dev.txt -- install_list dev
+    stage project setup.py pyproject.toml -- install_project
+    [ -z "$CHANGED" ] || note "ready: $VENV"
+}
+
+main
