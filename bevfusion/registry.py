@@ -29,14 +29,17 @@ def build_first(cfg: Mapping, registry: Registry, default_args: Mapping | None =
     """Build `cfg` from the first of (`registry`, \\*`elders`) that knows its ``type``.
 
     Raises:
-        InputError: no registry knows the type; the message names the nearest known ones.
+        InputError: no registry knows the type (the message names the nearest known ones), or its arguments don't fit.
     """
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise InputError(f"a {registry.name} config needs a 'type' key, got {cfg!r}")
     chain = (registry, *elders)
     for candidate in chain:
         if cfg["type"] in candidate.module_dict:
-            return build_from_cfg(cfg, candidate, default_args)
+            try:
+                return build_from_cfg(cfg, candidate, default_args)
+            except TypeError as error:
+                raise InputError(f"the config of {registry.name} {cfg['type']!r} doesn't fit: {error}") from error
     known = {name for candidate in chain for name in candidate.module_dict}
     near = ", ".join(difflib.get_close_matches(str(cfg["type"]), known, 3)) or "none"
     raise InputError(f"unknown {registry.name} type {cfg['type']!r} in the config; nearest: {near}")

@@ -1,0 +1,29 @@
+"""Build a model from its config."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from bevfusion.registry import MODELS
+
+
+def _without_downloads(config: object) -> object:
+    """Copy a config tree without `init_cfg`s of pretrained weights: the checkpoint, if any, brings every weight."""
+    if isinstance(config, Mapping):
+        return {key: _without_downloads(value) for key, value in config.items() if key != "init_cfg"}
+    if isinstance(config, (list, tuple)):
+        return [_without_downloads(value) for value in config]
+    return config
+
+
+def build_model(config: Mapping, pretrained: bool = False) -> nn.Module:
+    """Build the model of `cfg.model`, in evaluation mode.
+
+    Args:
+        config: the model's part of a config; it is left as it is.
+        pretrained: initialise backbones as their `init_cfg` says, which may download weights (for training).
+    """
+    model = MODELS.build(config if pretrained else _without_downloads(config))
+    if pretrained:
+        model.init_weights()
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Operators of the float model: voxelisation, BEV pooling and sparse convolution."""
