@@ -121,6 +121,8 @@ build_mmcv() { # keeps its object files in .cache, so that an interrupted build 
         rm -rf "$source" "$source.new"
         pip download --no-deps --no-build-isolation --no-cache-dir --no-binary :all: -d "$source.new" -r "$LISTS/mmcv.txt"
         tar xzf "$source.new"/mmcv-full-*.tar.gz -C "$source.new"
+        # It asks for C++17; the headers of torch >= 2.14 are C++20, which those of older ones allow.
+        sed -i 's/-std=c++17/-std=c++20/' "$source.new"/mmcv-full-*/setup.py
         mv "$source.new" "$source"
     fi
     rm -rf "$wheels.new"
