@@ -41,8 +41,9 @@ class Entry:
 
     def array(self, key: str, *shape: int, finite: bool = True) -> np.ndarray:
         """Numbers as float64 of `shape`, where -1 stands for any length; [] fits every shape without elements."""
+        value = self[key]
         try:
-            value = np.array(self[key], dtype=np.float64)
+            value = np.array(value, dtype=np.float64)
         except (TypeError, ValueError):
             raise InputError(f"{self.where}: {key!r} should be numbers of shape {shape}") from None
         if value.size == 0 and min(shape, default=1) <= 0:

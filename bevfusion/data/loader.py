@@ -150,11 +150,12 @@ def _shares(scenes: Sequence[Sequence[int]], count: int) -> list[int]:
     shares = [0] * len(scenes)
     left = min(count, sum(map(len, scenes)))
     while left:
-        open_scenes = [i for i, scene in enumerate(scenes) if shares[i] < len(scene)]
-        for i in open_scenes[:left]:
-            step = min(max(left // len(open_scenes), 1), len(scenes[i]) - shares[i])
-            shares[i] += step
-            left -= step
+        longer = [i for i, scene in enumerate(scenes) if shares[i] < len(scene)]
+        step = max(left // len(longer), 1)
+        for i in longer[:left]:
+            more = min(step, len(scenes[i]) - shares[i])
+            shares[i] += more
+            left -= more
     return shares
 
 

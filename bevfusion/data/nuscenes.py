@@ -181,7 +181,8 @@ class NuScenesDataset(Dataset):
         truth = self.data_infos[index].ground_truth
         if truth is None:
             return []
-        return [self.cat2id[name] for name in np.unique(truth.names[self._kept(index)]) if name in self.cat2id]
+        names = truth.names[truth.valid] if self.use_valid_flag else truth.names
+        return [self.cat2id[name] for name in np.unique(names) if name in self.cat2id]
 
     def _kept(self, index: int) -> np.ndarray:
         truth = self.data_infos[index].ground_truth

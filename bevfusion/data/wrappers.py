@@ -36,11 +36,12 @@ class CBGSDataset(dataset_wrappers.CBGSDataset):
             logger.warning("class-balanced sampling: no frame holds %s", ", ".join(absent))
         if len(absent) == len(frames):
             return list(range(len(self.dataset)))
-        total = sum(map(len, frames.values()))
+        present = [indices for indices in frames.values() if indices]
+        total = sum(map(len, present))
         chosen = []
-        for indices in filter(None, frames.values()):
-            ratio = 1.0 / len(frames) / (len(indices) / total)
-            chosen += np.random.choice(indices, int(len(indices) * ratio)).tolist()
+        for indices in present:
+            ratio = 1.0 / len(present) / (len(indices) / total)
+            chosen += np.random.choice(indices, max(int(len(indices) * ratio), 1)).tolist()
         return chosen
 
 

@@ -50,7 +50,7 @@ class LoadBEVSegmentation:
         yaw = np.degrees(np.arctan2(lidar2global[1, 0], lidar2global[0, 0]))
         masks = self._map(data["location"]).get_map_mask((x, y, *self.patch_size), yaw, self.layers, self.canvas_size)
         masks = masks.transpose(0, 2, 1).astype(bool)
-        labels = np.zeros((len(self.classes), *self.canvas_size), dtype=np.int64)
+        labels = np.zeros((len(self.classes), *masks.shape[1:]), dtype=np.int64)
         for label, name in zip(labels, self.classes, strict=True):
             for layer in self.LAYERS.get(name, (name,)):
                 label[masks[self.layers.index(layer)]] = 1

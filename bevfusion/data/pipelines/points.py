@@ -1,5 +1,6 @@
 """LiDAR points: loading a keyframe, adding the sweeps before it, thinning the beams."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,15 @@ def load_cloud(path: str, columns: int) -> np.ndarray:
     """
     try:
         points = np.load(path, allow_pickle=False) if path.endswith(".npy") else np.fromfile(path, dtype=np.float32)
+        cut_off = not path.endswith(".npy") and os.path.getsize(path) != points.nbytes
     except (OSError, ValueError) as error:
         raise InputError(f"point cloud {path} can't be read: {error}") from error
     if points.size == 0:
         raise InputError(f"point cloud {path} is empty; copy it again from the data set")
-    if points.size % columns:
+    if points.size % columns or cut_off:
         raise InputError(
-            f"point cloud {path}: {points.size} values are no whole number of points with load_dim={columns}"
+            f"point cloud {path} is cut off, or its points have not load_dim={columns} values; "
+            "copy it again from the data set or correct load_dim"
         )
     points = points.reshape(-1, columns).astype(np.float32, copy=False)
     if not np.isfinite(points).all():
