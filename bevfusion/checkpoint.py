@@ -56,7 +56,7 @@ def read_file(path: str | Path, trust_pickle: bool = False) -> object:
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} is not a checkpoint, or is truncated: copy it again") from error
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         raise InputError(
             f"{path} holds pickled objects ({', '.join(wanted[:SHOWN]) or 'unknown'}); "
             "if you trust where it comes from, pass --trust-pickle"

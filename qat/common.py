@@ -79,7 +79,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how to run: device, workers, seed, logging."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--workers", metavar="N", type=natural, help="data loading processes (default: the config's)")
+    parser.add_argument("--workers", metavar="N", type=natural, help="data loading processes (default: by the machine)")
     parser.add_argument("--seed", metavar="N", type=natural, help="random seed (default: the config's)")
     add_logging_arguments(parser)
 
@@ -136,6 +136,13 @@ def choose_device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def choose_workers(asked: int | None, device: "torch.device") -> int:
+    """Number of data loading processes: as asked, else one per core, at most 16 for a GPU and one for the CPU."""
+    if asked is not None:
+        return asked
+    return min(os.cpu_count() or 1, 16) if device.type == "cuda" else 1
+
+
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python, numpy and torch; `deterministic` also makes torch choose repeatable algorithms where it has any."""
     import random
@@ -174,6 +181,7 @@ def set_up_logging(args: argparse.Namespace) -> None:
         ours.handlers = handlers
     logging.captureWarnings(True)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # on a function that mmcv calls
     with suppress(ImportError):
         from absl import logging as absl_logging
 

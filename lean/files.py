@@ -1,0 +1,58 @@
+"""Writing files whole or not at all."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from lean.errors import QuantizationError
+
+REASONS = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file would exceed the size limit"}
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Make sure, before a long run, that `path` can be written at its end; makes its folder.
+
+    Raises:
+        QuantizationError: it is a folder, or its folder can't be made or written to; `what` names the option.
+    """
+    if path.is_dir():
+        raise QuantizationError(f"{what} {path}: is a folder, name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise QuantizationError(f"{what} {path}: can't write there ({error.strerror}); choose another folder") from None
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of `path` when the block ends well, and vanishes when it doesn't.
+
+    Raises:
+        QuantizationError: the disk is full, or the folder can't be written to; an older `path` is as it was.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = REASONS.get(error.errno, error.strerror)
+        raise QuantizationError(f"{path} was not written: {reason}; what was there before is untouched") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

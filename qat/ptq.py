@@ -1,0 +1,79 @@
+"""Quantise a trained BEVFusion to INT8 after training: calibrate on training frames, save the quantised model."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+
+from qat import common
+
+METHODS = ("mse", "entropy", "percentile", "max")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = common.ArgumentParser(__doc__)
+    common.add_model_arguments(parser)
+    parser.add_argument("--calibrate_batch", metavar="N", type=common.positive, default=300, help="frames to run over")
+    parser.add_argument("--save", metavar="FILE", type=Path, default=Path("qat/ckpt/bevfusion_ptq.pth"), help="result")
+    parser.add_argument("--method", choices=METHODS, default="mse", help="how amax is chosen from the statistics")
+    parser.add_argument(
+        "--disable", metavar="PATTERN", nargs="+", action="extend", default=[], help="layers to leave in float as well"
+    )
+    parser.add_argument(
+        "--calib-pipeline", choices=("train", "test"), default="train", help="test: frames without augmentation"
+    )
+    parser.add_argument("--allow-partial", action="store_true", help="go on with a checkpoint that lacks weights")
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
+    )
+    common.add_run_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load, insert quantizers, fold, calibrate, disable, save; then say what was done."""
+    args = parse_args()
+    common.set_up_logging(args)
+    steps = common.Steps()
+    with steps.step("import"):
+        from lean.bevfusion_recipe import default_recipe
+        from lean.files import check_writable
+        from lean.fold import fold_dense, fold_sparse
+        from lean.insert import insert_quantizers
+        from qat import calibration
+
+    check_writable(args.save, "--save")
+    cfg = common.load_config(args)
+    device = common.choose_device(args.device)
+    seed = cfg.get("seed", 0) if args.seed is None else args.seed
+    common.seed_everything(seed, cfg.get("deterministic", False))
+
+    with steps.step("load checkpoint"):
+        model = calibration.load_float_model(cfg, args)
+    with steps.step("find frames"):
+        frames = calibration.choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
+        print(frames.describe())
+    with steps.step("insert quantizers"):
+        recipe = default_recipe(model)
+        insert_quantizers(model, recipe)
+        calibration.check_disable(model, args.disable)
+    with steps.step("fold batch norm"):
+        fold_sparse(model)
+        fold_dense(model)
+        model.to(device)
+    with steps.step("calibrate"):
+        calibration.calibrate(model, frames, args.method, common.choose_workers(args.workers, device))
+    with steps.step("disable and save"):
+        calibration.disable(model, recipe, args.disable)
+        calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, frames))
+
+    print(calibration.branch_table(model, recipe))
+    print(steps.table())
+    print(f"wrote {args.save} ({args.save.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    common.run(main)

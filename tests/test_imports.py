@@ -1,0 +1,55 @@
+"""Imports run one way: qat -> lean and bevfusion, which don't know each other; and leave other packages as they are."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+FORBIDDEN = {"bevfusion": {"lean", "qat", "pytorch_quantization"}, "lean": {"bevfusion", "qat", "mmcv", "mmdet3d"}}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_run_one_way(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {str(f.relative_to(ROOT)): bad for f in files if (bad := imported_packages(f) & FORBIDDEN[package])}
+    assert not wrong
+
+
+def test_importing_us_leaves_their_registries_as_they_are():
+    code = """
+import mmcv
+actual = mmcv.__version__
+mmcv.__version__ = "1.7.0"
+import mmdet3d.models, mmdet3d.datasets
+mmcv.__version__ = actual
+from mmcv.cnn import MODELS as MMCV
+from mmdet.models.builder import MODELS as MMDET
+from mmdet3d.datasets.builder import DATASETS, PIPELINES
+from mmdet3d.models.builder import MODELS
+theirs = (MMCV, MMDET, MODELS, DATASETS, PIPELINES)
+before = [dict(registry.module_dict) for registry in theirs]
+import bevfusion.models, bevfusion.data
+for registry, known in zip(theirs, before):
+    assert all(registry.module_dict[name] is cls for name, cls in known.items())
+    assert not [cls for cls in registry.module_dict.values() if cls.__module__.startswith("bevfusion")]
+from bevfusion.registry import MODELS as OURS
+assert OURS.module_dict["ResNet"] is not MMDET.module_dict["ResNet"]
+assert mmcv.__version__ == actual
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
