@@ -15,6 +15,7 @@ from bevfusion.synthetic.scene import View
 from bevfusion.synthetic.shading import shade
 
 NEAR = 0.1  # metres
+TINY = 1.0  # pixels: what looks smaller is left out
 SKY, GROUND = -2, -1
 
 
@@ -74,6 +75,7 @@ def rasterise(solids: Solids, camera: Camera, owners: int) -> Buffers:
     planes = (w[..., :1] * rays[0] + w[..., 1:2] * rays[1] + w[..., 2:] * rays[2]).astype(np.float32)
     alone = np.zeros(owners, dtype=np.int64)
     wanted = np.flatnonzero((rects[:, 2] > rects[:, 0]) & (rects[:, 3] > rects[:, 1]) & entering.any(axis=1))
+    wanted = wanted[solids.radius[wanted] * 2 * camera.matrix[0, 0] > TINY * nearest[wanted]]
     painter = _Painter.of(u, v, planes, entering, solids, wanted)
     actors = wanted[solids.owner[wanted] >= 0]
     for group in np.split(actors, np.flatnonzero(np.diff(solids.owner[actors])) + 1) if len(actors) else ():

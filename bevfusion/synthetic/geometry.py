@@ -110,8 +110,8 @@ class Solids:
 
     normals (N, K, 3) unit, outward; offsets (N, K) m; vertices (N, V, 3) m; texture (N, K, 2, 4): the tile coordinates
     (s, t) of a point p are ``texture[..., :3] . p + texture[..., 3]``; density (N, K) tiles per metre; tile (N, K) int;
-    tint (N, K, 3); reflect (N, K); glow (N, K) bool; n_faces (N,) int, the faces that are not padding; owner (N,) int,
-    the object that a solid belongs to.
+    tint (N, K, 3); reflect (N, K); glow (N, K) bool; radius (N,) m, of a sphere around the vertices; n_faces (N,) int,
+    the faces that are not padding; owner (N,) int, the object that a solid belongs to.
     """
 
     normals: np.ndarray
@@ -123,6 +123,7 @@ class Solids:
     tint: np.ndarray
     reflect: np.ndarray
     glow: np.ndarray
+    radius: np.ndarray
     n_faces: np.ndarray
     owner: np.ndarray
 
@@ -185,6 +186,7 @@ def solids_from(parts: Sequence[Part], owner: int | Sequence[int]) -> Solids:
         tint=np.array([[s.tint for s in row] for row in skins]),
         reflect=np.array([[s.reflect for s in row] for row in skins]),
         glow=np.array([[s.glow for s in row] for row in skins]),
+        radius=np.linalg.norm(vertices - middle[:, None], axis=-1).max(axis=-1),
         n_faces=np.array([len(part.faces) for part in parts]),
         owner=np.broadcast_to(np.asarray(owner, dtype=np.int64), len(parts)).copy(),
     )

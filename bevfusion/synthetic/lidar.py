@@ -13,7 +13,7 @@ PERIOD = 0.05  # seconds a turn
 MAX_RANGE, MIN_RANGE = 95.0, 0.9
 ELEVATION = np.radians(np.linspace(-30.67, 10.67, BEAMS))
 RANGE_NOISE = 0.015  # metres, standard deviation
-TINY = 0.003  # solids that look smaller than this, in rad, are left out
+TINY = 0.005  # solids that look smaller than this, in rad, are left out
 GROUND = -1
 
 
@@ -104,17 +104,21 @@ def _trace(rays: _Rays, solids: Solids, origin: np.ndarray, sectors: "_Sectors")
     """
     inverse = np.maximum(-rays.direction[2] / rays.origin[2], 0.0)
     face = np.full(inverse.shape, GROUND, dtype=np.int32)
-    room = solids.offsets - (solids.normals * origin[:, None]).sum(-1)
-    entering = room < 0
-    planes = (solids.normals / room[..., None]).astype(np.float32)[..., None, None]
-    order = np.argsort(~entering, axis=1, kind="stable")
+    room = solids.offsets - np.einsum("nki,ni->nk", solids.normals, origin)
+    # Faces in order: those that may be entered, those that may be left, and padding.
+    entering = (room < 0) & (np.arange(MAX_FACES) < solids.n_faces[:, None])
+    padding = np.arange(MAX_FACES) >= solids.n_faces[:, None]
+    order = np.argsort(np.where(padding, 2, ~entering), axis=1, kind="stable")
+    planes = np.take_along_axis(solids.normals / room[..., None], order[..., None], axis=1)
+    planes = planes.astype(np.float32)[..., None, None]
+    fronts, counts = entering.sum(axis=1).tolist(), solids.n_faces.tolist()
     for i in sectors.wanted:
         beams, columns = sectors.beams[i], sectors.columns[i]
         known = inverse[beams, columns]
-        if known.min() > 1 / sectors.nearest[i] or not entering[i].any():
+        if not fronts[i] or known.min() > 1 / sectors.nearest[i]:
             continue
         d = rays.direction[:, beams, columns]
-        front, back = (planes[i, np.flatnonzero(side[: solids.n_faces[i]])] for side in (entering[i], ~entering[i]))
+        front, back = planes[i, : fronts[i]], planes[i, fronts[i] : counts[i]]
         steps = front[:, 0] * d[0] + front[:, 1] * d[1] + front[:, 2] * d[2]
         entry = steps.min(axis=0)
         leave = (back[:, 0] * d[0] + back[:, 1] * d[1] + back[:, 2] * d[2]).max(axis=0)
@@ -145,7 +149,7 @@ class _Sectors:
 
     @classmethod
     def of(cls, solids: Solids, azimuth: np.ndarray, pose: Pose) -> "_Sectors":
-        slack = 0.02 + 0.01 * np.hypot(*pose.velocity[:2])
+        slack = 0.001 + 0.01 * np.hypot(*pose.velocity[:2])
         seen = np.einsum("nvi,ij->nvj", solids.vertices - pose.position, pose.rotation)
         flat, bearing = np.hypot(seen[..., 0], seen[..., 1]), np.arctan2(seen[..., 0], seen[..., 1])
         centre = seen.mean(axis=1)
@@ -158,12 +162,12 @@ class _Sectors:
         low, high = seen[..., 2].min(axis=1), seen[..., 2].max(axis=1)
         bottom = np.arctan2(low, np.where(low < 0, nearest, flat.max(axis=1)))
         top = np.arctan2(high, np.where(high > 0, nearest, flat.max(axis=1)))
-        first, last = np.searchsorted(ELEVATION, bottom - 0.01), np.searchsorted(ELEVATION, top + 0.01)
+        first, last = np.searchsorted(ELEVATION, bottom - 0.001), np.searchsorted(ELEVATION, top + 0.001)
         step = 2 * np.pi / COLUMNS
         start = np.floor((left - azimuth[0]) / step).astype(int) % COLUMNS
         width = np.minimum(np.ceil((right - left) / step).astype(int) + 1, COLUMNS)
         # What is much smaller than the gap between two rays is met by chance only.
-        size = np.maximum(radius, high - low)
+        size = np.maximum(2 * radius, high - low)
         wanted = np.flatnonzero((nearest < MAX_RANGE) & (last > first) & (size > TINY * away))
         return cls(
             beams=[slice(a, b) for a, b in zip(first, last, strict=True)],

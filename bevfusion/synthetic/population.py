@@ -158,8 +158,8 @@ def build_front(street: Street, span: tuple[float, float]) -> None:
 
 
 def _tree(street: Street, s: float, d: float) -> bool:
-    crown, height = street.rng.uniform(1.8, 3.2), street.rng.uniform(4.5, 7.5)
-    # The crown hangs over people and cars: only the trunk needs room.
+    crown, height = street.rng.uniform(1.8, 2.8), street.rng.uniform(5.0, 8.0)
+    # The crown is above the people, and off the carriageway: only the trunk needs room.
     motion = Motion(s, d, 0.0)
     if not _clear_of_crossing(street.road, s) or not street.reserve(motion, 0.4, 0.4):
         return False
@@ -188,7 +188,7 @@ def _furniture(street: Street, choice: str, s: float, d: float, side: int) -> No
     rng = street.rng
     across = -side * np.pi / 2
     if choice == "tree":
-        _tree(street, s, d)
+        _tree(street, s, side * (street.road.kerb + 1.7))
     elif choice == "bin":
         street.put(props.bin_, (0.5, 0.5, float(rng.uniform(0.85, 1.15))), s, d, across)
     elif choice == "bollard":

@@ -41,7 +41,7 @@ def tree(size: Size, rng: np.random.Generator) -> list[Part]:
     """A trunk under two stacked crowns."""
     length, _, height = size
     trunk, leaves = Skin(Tile.PLANKS, (0.30, 0.22, 0.15), 0.2, 0.5), Skin(Tile.FOLIAGE, pick(rng, LEAVES), 0.35, 1.2)
-    radius, low = length / 2, 0.36 * height
+    radius, low = length / 2, 0.45 * height
     middle = (low + height) / 2
     return [
         prism((0, 0, low / 2), 0.14, low, trunk, sides=6),

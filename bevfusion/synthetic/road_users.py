@@ -36,10 +36,10 @@ def pedestrian(size: Size, rng: np.random.Generator, *, worker: bool = False) ->
         box((-0.11, 0.11), (-0.1, 0.1), (neck, 0.96 * height), head),
         prism((0, 0, 0.96 * height), 0.13, 0.08 * height, top, sides=6),
     ]
-    swing = min(x, 0.3)
+    swing = min(x - 0.06, 0.3)
     for side in (1, -1):
         hand = sorted((side * (y - 0.1), side * y))
-        shoulder = sorted((side * 0.22, side * 0.32))
+        shoulder = sorted((side * 0.22, side * min(y, 0.32)))
         reach = (-side * swing - 0.06, -side * swing + 0.06)
         parts.append(frustum((*reach, *hand), (-0.07, 0.07, *shoulder), (0.46 * height, 0.8 * height), shirt))
     return parts
@@ -96,7 +96,7 @@ def motorcycle(size: Size, rng: np.random.Generator, *, rider: bool) -> list[Par
     paint = Skin(Tile.PLAIN, pick(rng, CYCLE_PAINTS), 0.4)
     radius = 0.32
     flat = radius / np.cos(np.pi / 8)
-    hub = length / 2 - flat
+    hub = length / 2 - radius
     bar = 1.08 if rider else height - 0.04
     engine = Skin(Tile.GRILLE, (1.0, 1.0, 1.0), 0.3)
     hub_cap = Skin(Tile.WHEEL, (1.0, 1.0, 1.0), 0.2)

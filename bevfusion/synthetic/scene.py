@@ -61,7 +61,7 @@ def draw_light(rng: np.random.Generator) -> Light:
     warm = np.array([1.0, 0.72, 0.48]) if dusk else np.array([1.0, 0.97, 0.90])
     cloud = rng.uniform(0.0, 0.6)
     if dusk:
-        ambient, zenith, horizon = (0.30, 0.31, 0.42), (0.20, 0.25, 0.46), (0.86, 0.58, 0.42)
+        ambient, zenith, horizon = (0.37, 0.37, 0.46), (0.20, 0.25, 0.46), (0.86, 0.58, 0.42)
     else:
         ambient, zenith, horizon = (0.50, 0.53, 0.60), (0.30, 0.50, 0.82), (0.80, 0.86, 0.92)
     grey = np.array([0.72, 0.74, 0.77]) * (0.6 if dusk else 1.0)

@@ -29,24 +29,25 @@ class Tile(IntEnum):
     SPOKES = 5
     CAR_SIDE = 6
     CAR_FRONT = 7
-    BUS_SIDE = 8
-    BUS_FRONT = 9
-    TRUCK_BOX = 10
-    TRUCK_CAB = 11
-    TRAILER_SIDE = 12
-    TRAILER_DOOR = 13
-    HAZARD = 14
-    BOARD = 15
-    GRILLE = 16
-    TRACK = 17
-    CLOTH = 18
-    VEST = 19
-    FACE = 20
-    OFFICE = 21
-    BRICK = 22
-    SHOP = 23
-    PLANKS = 24
-    SIGN = 25
+    CAR_BACK = 8
+    BUS_SIDE = 9
+    BUS_FRONT = 10
+    TRUCK_BOX = 11
+    TRUCK_CAB = 12
+    TRAILER_SIDE = 13
+    TRAILER_DOOR = 14
+    HAZARD = 15
+    BOARD = 16
+    GRILLE = 17
+    TRACK = 18
+    CLOTH = 19
+    VEST = 20
+    FACE = 21
+    OFFICE = 22
+    BRICK = 23
+    SHOP = 24
+    PLANKS = 25
+    SIGN = 26
 
 
 class Atlas(NamedTuple):
@@ -118,6 +119,12 @@ def _car_front(tile: np.ndarray) -> None:
     _rect(tile, 0.22, 0.3, 0.78, 0.62, DARK)
     _rect(tile, 0, 0.78, 1, 1, (0.2, 0.2, 0.2))
     _rect(tile, 0.38, 0.68, 0.62, 0.8, (1.3, 1.3, 1.25))
+
+
+def _car_back(tile: np.ndarray) -> None:
+    _rect(tile, 0, 0.8, 1, 1, (0.2, 0.2, 0.2))
+    _rect(tile, 0.36, 0.45, 0.64, 0.6, (1.3, 1.3, 1.25))
+    _rect(tile, 0.05, 0.12, 0.95, 0.15, (0.5, 0.5, 0.5))
 
 
 def _bus_side(tile: np.ndarray) -> None:
@@ -251,6 +258,7 @@ _PAINTERS: dict[Tile, tuple[Painter | None, float]] = {  # how a tile is painted
     Tile.SPOKES: (_spokes, 0.02),
     Tile.CAR_SIDE: (_car_side, 0.02),
     Tile.CAR_FRONT: (_car_front, 0.02),
+    Tile.CAR_BACK: (_car_back, 0.02),
     Tile.BUS_SIDE: (_bus_side, 0.02),
     Tile.BUS_FRONT: (_bus_front, 0.02),
     Tile.TRUCK_BOX: (_truck_box, 0.03),

@@ -61,13 +61,14 @@ def car(size: Size, rng: np.random.Generator) -> list[Part]:
     """A saloon, hatchback or SUV: a painted body, a glass cabin with a painted roof, four wheels, lamps."""
     length, width, height = size
     paint = pick(rng, CAR_PAINTS)
-    body, side, end = (painted(tile, paint) for tile in (Tile.PLAIN, Tile.CAR_SIDE, Tile.CAR_FRONT))
+    body, side = painted(Tile.PLAIN, paint), painted(Tile.CAR_SIDE, paint)
+    front, back = painted(Tile.CAR_FRONT, paint), painted(Tile.CAR_BACK, paint)
     half, y, waist = length / 2 - 0.02, width / 2 - 0.02, 0.56 * height
     tail = rng.choice([0.40, 0.47, 0.49])
     cabin = (-tail * length, 0.24 * length, -y + 0.04, y - 0.04)
     roof = (-(tail - 0.07) * length, 0.06 * length, -y + 0.20, y - 0.20)
     parts = [
-        box((-half, half), (-y, y), (0.22, waist), body, sides=side, ends=end),
+        box((-half, half), (-y, y), (0.22, waist), body, sides=side, front=front, back=back),
         frustum(cabin, roof, (waist, height), GLASS, top=body),
     ]
     parts += wheels([0.31 * length, -0.31 * length], width, 0.33, 0.22)
@@ -140,15 +141,13 @@ def excavator(size: Size, rng: np.random.Generator) -> list[Part]:
     half, y = length / 2, width / 2
     rear = 0.08 * length
     shovel = Skin(Tile.ROUGH, (0.22, 0.21, 0.2), 0.15)
-    elbow, tip = (0.29 * length, height - 0.14), (half - 0.42, 0.85)
+    elbow, tip = (0.29 * length, height - 0.25), (half - 0.42, 0.85)
     return [
         *(box((-half + 0.1, rear + 0.6), s, (0.0, 0.75), track) for s in ((y - 0.6, y), (-y, -y + 0.6))),
         box(
             (-half, rear), (-y + 0.15, y - 0.15), (0.8, 1.75), steel, sides=Skin(Tile.HAZARD, (1.0, 1.0, 1.0), 0.4, 1.0)
         ),
-        frustum(
-            (-0.2, rear + 0.7, 0.1, y - 0.2), (-0.2, rear + 0.4, 0.1, y - 0.25), (0.8, 0.92 * height), GLASS, top=steel
-        ),
+        frustum((-0.2, rear + 0.7, 0.1, y - 0.2), (-0.2, rear + 0.4, 0.1, y - 0.25), (0.8, height), GLASS, top=steel),
         beam((rear, 1.5), elbow, (-0.55, -0.15), 0.28, steel),
         beam(elbow, tip, (-0.5, -0.2), 0.26, steel),
         frustum((half - 0.7, half, -0.85, 0.15), (half - 0.6, half - 0.2, -0.7, 0.0), (0.05, 0.9), shovel),
