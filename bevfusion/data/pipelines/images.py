@@ -40,6 +40,8 @@ class LoadMultiViewImageFromFiles:
     def _load(self, path: str) -> Image.Image:
         try:
             return self.decode(path)
+        except InputError:
+            raise
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"image {path} can't be decoded ({error}); copy it again from the data set") from error
 

@@ -12,6 +12,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from bevfusion.errors import InputError
+
 FRACTION_BITS = 13  # of the integer inverse transform
 PASS1_BITS = 2
 # entries of the upper half of the inverse transform which libjpeg's factorisation does not round to nearest
@@ -26,12 +28,12 @@ def decode_libjpeg9(path: str) -> Image.Image:
     Blocks at the right and lower edge that the image fills only in part are extrapolated.
 
     Raises:
-        ValueError: the file is not a JPEG in YCbCr with chroma at half the resolution in both directions.
+        InputError: the file is not a JPEG in YCbCr with chroma at half the resolution in both directions.
         OSError: the file is damaged.
     """
     with Image.open(path) as image:
         if image.format != "JPEG" or [tuple(layer[1:3]) for layer in image.layer] != [(2, 2), (1, 1), (1, 1)]:
-            raise ValueError("libjpeg9 decoding is made for 4:2:0 JPEG files")
+            raise InputError(f"image {path} is not a 4:2:0 JPEG file; load it with decoder=pillow")
         size, tables = image.size, [image.quantization[layer[3]] for layer in image.layer]
         image.draft("YCbCr", size)
         luma = np.asarray(image)[..., 0].astype(np.int32)

@@ -122,7 +122,7 @@ def check_database(info_path: str) -> None:
     """Raise MissingDatabaseError, with what to do, unless there is a ground-truth database `info_path`."""
     if not Path(info_path).is_file():
         raise MissingDatabaseError(
-            f"ObjectPaste needs the ground-truth database {info_path}, which does not exist; write it with "
+            f"the ground-truth database {info_path} does not exist; write it with "
             f"`python -m bevfusion.create_data --root {Path(info_path).parent} --version v1.0-trainval` (or v1.0-mini)"
         )
 
