@@ -10,7 +10,7 @@ from nuscenes.eval.detection.constants import DETECTION_NAMES
 from tqdm import tqdm
 
 from bevfusion.boxes import legacy_to_lidar
-from bevfusion.errors import InputError
+from bevfusion.data.pipelines.points import load_cloud
 
 FOLDER = "nuscenes_gt_database"
 POINT_COLUMNS = 5  # x, y, z (m), intensity, ring index in the files; the last becomes the time lag (s)
@@ -55,10 +55,10 @@ def load_points(root: Path, info: dict) -> np.ndarray:
 
     As in BEVFusion's loader, points of the sweeps within 1 m of the sensor (in x and y), the car itself, are left out.
     """
-    clouds = [_read_points(root / info["lidar_path"])]
+    clouds = [load_cloud(str(root / info["lidar_path"]), POINT_COLUMNS)]
     clouds[0][:, 4] = 0
     for sweep in info["sweeps"]:
-        points = _read_points(root / sweep["data_path"])
+        points = load_cloud(str(root / sweep["data_path"]), POINT_COLUMNS)
         points = points[(np.abs(points[:, :2]) >= 1).any(axis=1)]
         points[:, :3] = points[:, :3] @ sweep["sensor2lidar_rotation"].T + sweep["sensor2lidar_translation"]
         points[:, 4] = (info["timestamp"] - sweep["timestamp"]) / 1e6
@@ -122,14 +122,3 @@ def _entry(info: dict, row: int, count: int, group: int) -> dict:
 
 def _file_name(info: dict, row: int) -> str:
     return f"{info['token']}_{info['gt_names'][row]}_{row}.bin"
-
-
-def _read_points(path: Path) -> np.ndarray:
-    """(N, 5) float32 points of a nuScenes `.pcd.bin` file; raises InputError if it can't be one."""
-    try:
-        values = np.fromfile(path, dtype="<f4")
-    except OSError as error:
-        raise InputError(f"can't read the point cloud {path}: {error.strerror}") from error
-    if values.size == 0 or values.size % POINT_COLUMNS or path.stat().st_size % 4:
-        raise InputError(f"{path} is not a nuScenes point cloud: its size is not a multiple of 5 float32 values")
-    return values.reshape(-1, POINT_COLUMNS)

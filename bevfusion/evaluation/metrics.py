@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -34,8 +35,8 @@ class DetectionScores:
     frames: int
 
     def to_dict(self) -> dict:
-        """All of it as plain dicts and numbers."""
-        return asdict(self)
+        """All of it as plain dicts and numbers for JSON, which knows no NaN: None stands for it."""
+        return _without_nan(asdict(self))
 
 
 class FrameEval(DetectionEval):
@@ -90,6 +91,12 @@ def score_submission(submission: Mapping, nuscenes: NuScenes, tokens: Iterable[s
         truth_counts={name: counts[name] for name in names},
         frames=len(tokens),
     )
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _predictions(results: Mapping[str, list], tokens: list[str]) -> EvalBoxes:

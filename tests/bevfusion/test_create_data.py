@@ -298,7 +298,7 @@ def truncate_cloud(root):
         (remove_table, "log.json is missing"),
         (remove_map, "map mask"),
         (remove_image, "CAM_BACK/scene-0103_1.jpg is named in sample_data.json but does not exist"),
-        (truncate_cloud, "scene-0061_1.pcd.bin is not a nuScenes point cloud"),
+        (truncate_cloud, "scene-0061_1.pcd.bin is empty"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(root, capsys, spoil, message):

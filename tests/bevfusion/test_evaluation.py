@@ -6,15 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from mmdet3d.core.bbox import LiDARInstance3DBoxes
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.detection.evaluate import DetectionEval
 
 from bevfusion.boxes import legacy_to_lidar
 from bevfusion.create_data import create_data
 from bevfusion.data.infos import load_infos
-from bevfusion.data.records import Frame
 from bevfusion.errors import InputError
 from bevfusion.evaluation import (
     class_table,
@@ -26,27 +23,7 @@ from bevfusion.evaluation import (
 )
 from bevfusion.nuscenes_tables import open_nuscenes
 from tests.bevfusion import tiny_nuscenes as tiny
-
-CLASSES = (
-    *("car", "truck", "construction_vehicle", "bus", "trailer"),
-    *("barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone"),
-)
-
-
-def detections(boxes: np.ndarray, labels, scores=None) -> dict:
-    """A model's result from boxes (M, 9)."""
-    return {
-        "boxes_3d": LiDARInstance3DBoxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 9), box_dim=9),
-        "labels_3d": torch.as_tensor(np.array(labels, dtype=np.int64)),
-        "scores_3d": torch.ones(len(boxes)) if scores is None else torch.as_tensor(scores),
-    }
-
-
-def perfect(frame: Frame) -> dict:
-    """The ground truth of a frame as detections."""
-    truth = frame.ground_truth
-    rows = [row for row, name in enumerate(truth.names) if name in CLASSES]
-    return detections(truth.boxes[rows], [CLASSES.index(truth.names[row]) for row in rows])
+from tests.bevfusion.detections import CLASSES, detections, perfect
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +141,7 @@ def test_perfect_detections(frames, nuscenes):
     assert scores.class_tp_errors["car"]["trans_err"] < 1e-3
     assert scores.class_tp_errors["pedestrian"]["attr_err"] == 0
     assert math.isnan(scores.class_tp_errors["barrier"]["vel_err"])
+    assert json.loads(json.dumps(scores.to_dict(), allow_nan=False))["class_tp_errors"]["barrier"]["vel_err"] is None
 
 
 def test_scores_equal_the_devkit_on_a_whole_split(noisy, nuscenes, tmp_path):

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Score a float or quantised model with nuScenes' official metrics, or two of them side by side."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide the standard library's
+
+from qat import common
+
+if TYPE_CHECKING:
+    import mmcv
+    from nuscenes import NuScenes
+
+    from bevfusion.data import NuScenesDataset
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = common.ArgumentParser(__doc__)
+    common.add_model_arguments(parser)
+    parser.add_argument("--compare", metavar="FILE", help="a second model file, run over the same frames")
+    parser.add_argument("--results", metavar="FILE", help="score this results file instead of running a model")
+    parser.add_argument("--limit", metavar="N", type=common.positive, help="only N frames, evenly spread over all")
+    parser.add_argument("--out", metavar="FILE", help="write the detections here, in nuScenes' submission format")
+    parser.add_argument("--metrics", metavar="FILE", help="write the scores here, as JSON")
+    common.add_run_arguments(parser)
+    args = parser.parse_args()
+    if args.results and (args.compare or args.out):
+        parser.error("--results scores detections that exist: leave out --compare and --out")
+    return args
+
+
+def main() -> None:
+    """Detect, score, print."""
+    args = parse_arguments()
+    common.set_up_logging(args)
+    files = [args.results] if args.results else [file for file in (args.ckpt, args.compare) if file]
+    outputs = output_files(args.out, len(files))
+    cfg = common.load_config(args)
+    device = common.choose_device(args.device)
+    common.seed_everything(cfg.get("seed", 0) if args.seed is None else args.seed)
+
+    from bevfusion.evaluation import (
+        class_table,
+        load_submission,
+        save_submission,
+        score_submission,
+        summary_table,
+        to_submission,
+    )
+    from qat.inference import Detector, ensure_writable, short_names, spread
+
+    for path in filter(None, [*outputs, args.metrics]):
+        ensure_writable(path)
+    steps = common.Steps()
+    with steps.step("open the data set"):
+        dataset, nuscenes = open_data(cfg)
+    detector = Detector(cfg, dataset, device, cfg.data.workers_per_gpu if args.workers is None else args.workers)
+    indices = spread(len(dataset), args.limit)
+    frames = [dataset.data_infos[index] for index in indices]
+    scores = {}
+    for name, file, output in zip(short_names(files), files, outputs, strict=True):
+        with steps.step(f"{'read' if args.results else 'detect with'} {name}"):
+            if args.results:
+                submission = load_submission(file)
+            else:
+                submission = to_submission(detector(file, indices, name), frames, dataset.CLASSES, dataset.modality)
+        if output:
+            save_submission(submission, output)
+        with steps.step(f"score {name}"):
+            scores[name] = score_submission(submission, nuscenes, [frame.token for frame in frames])
+    print(f"{len(frames)} of the {len(dataset)} frames of {dataset.ann_file} ({nuscenes.version})")
+    print(summary_table(scores), class_table(scores), steps.table(), sep="\n")
+    if args.metrics:
+        text = json.dumps({name: score.to_dict() for name, score in scores.items()}, indent=2)
+        Path(args.metrics).write_text(f"{text}\n", encoding="utf-8")
+    for path in filter(None, [*outputs, args.metrics]):
+        print(f"written: {path}")
+
+
+def output_files(out: str | None, count: int) -> list[str | None]:
+    """Results file of each of `count` models: `out`, and for a second one `out` with -compare before the extension."""
+    if out is None:
+        return [None] * count
+    path = Path(out)
+    return [out, str(path.with_name(f"{path.stem}-compare{path.suffix}"))][:count]
+
+
+def open_data(cfg: "mmcv.Config") -> "tuple[NuScenesDataset, NuScenes]":
+    """Validation frames, and the tables that they were made from.
+
+    Raises:
+        InputError: either can't be used.
+    """
+    from bevfusion.errors import InputError
+    from bevfusion.nuscenes_tables import open_nuscenes
+    from qat.inference import evaluation_dataset
+
+    dataset = evaluation_dataset(cfg)
+    if not dataset.version:
+        raise InputError(f"{dataset.ann_file} does not name its nuScenes version; write it with bevfusion.create_data")
+    return dataset, open_nuscenes(dataset.dataset_root, dataset.version)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,116 @@
+"""Running float and quantised models over frames, shared by the scripts that evaluate and show them."""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bevfusion.checkpoint import load_checkpoint, read_file
+from bevfusion.data import FrameLoader, NuScenesDataset, build_dataset, calibration_dataset, frames_of, to_device
+from bevfusion.data.loader import GROUND_TRUTH_ONLY
+from bevfusion.errors import InputError
+from bevfusion.models import build_model
+
+WHOLE_MODEL_TYPES = {"mmcv.parallel.data_parallel.MMDataParallel", "bevfusion.models.detector.BEVFusion"}
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Runs the models of files over frames of one data set."""
+
+    cfg: Mapping[str, Any]
+    dataset: NuScenesDataset
+    device: torch.device
+    workers: int = 0
+
+    def __call__(self, file: str | Path, frames: Sequence[int], title: str) -> list[dict]:
+        """Results (boxes_3d, scores_3d, labels_3d on the CPU) of the frames with these indices, with a progress bar.
+
+        Raises:
+            InputError: the model can't be loaded, or a frame can't be read.
+        """
+        model = load_model(self.cfg, file, self.device)
+        results = []
+        with torch.no_grad():
+            batches = FrameLoader(self.dataset, 1, self.workers, sampler=frames)
+            for batch in tqdm(batches, title, len(frames), unit="frame", disable=None):
+                results += model(**to_device(batch, self.device))
+        return results
+
+
+def load_model(cfg: Mapping[str, Any], path: str | Path, device: torch.device) -> nn.Module:
+    """Model in evaluation mode on `device`, from a float checkpoint or from the pickle of a quantised model.
+
+    The pickle of a model runs code when it is loaded: open only files that you trust.
+
+    Raises:
+        InputError: the file is missing, damaged, or does not fit the config.
+    """
+    if holds_whole_model(path):
+        try:
+            model = read_file(path, trust_pickle=True)
+        except (AttributeError, ImportError) as error:
+            raise InputError(f"{path} comes from another version of this project ({error}): quantise anew") from error
+        model = getattr(model, "module", model)
+    else:
+        model = build_model(cfg["model"])
+        load_checkpoint(model, path)
+    return model.to(device).eval()
+
+
+def holds_whole_model(path: str | Path) -> bool:
+    """Whether a file of `torch.save` is the pickle of a model, judged by the classes that it names, without loading it.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"checkpoint not found: {path}")
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        return not WHOLE_MODEL_TYPES.isdisjoint(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (RuntimeError, ValueError, KeyError):  # some other zip file: `read_file` says so
+        return False
+
+
+def evaluation_dataset(cfg: Mapping[str, Any], split: str = "val") -> NuScenesDataset:
+    """Frames of a split (train, val, test) through the test pipeline, without transforms for map ground truth.
+
+    Raises:
+        InputError: the data can't be used.
+    """
+    if split == "train":
+        return frames_of(calibration_dataset(cfg, "test"))
+    config = cfg["data"][split]
+    steps = [step for step in config["pipeline"] if step["type"] not in GROUND_TRUTH_ONLY]
+    return frames_of(build_dataset({**config, "pipeline": steps, "test_mode": True}))
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `count` frames, evenly spread, so that every scene has its part."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [index * count // limit for index in range(limit)]
+
+
+def short_names(files: Sequence[str]) -> list[str]:
+    """A heading for each file: its name, its whole path where names are equal, numbered where paths are equal, too."""
+    names = [Path(file).stem for file in files]
+    if len(set(names)) < len(names):
+        names = list(files)
+    return names if len(set(names)) == len(names) else [f"{name} ({k})" for k, name in enumerate(names, 1)]
+
+
+def ensure_writable(path: str | Path) -> None:
+    """Make the folder of a file that is to be written later, and try it; raises OSError if that fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f"{path.name}.partial")
+    probe.touch()
+    probe.unlink()
