@@ -80,7 +80,7 @@ def insert_branch(
         _check(rule, branch.path, names, swaps, left_float)
     apply_sharing(root, branch.share)
     for name, why in left_float.items():
-        logger.info("%s.%s stays float: %s", branch.path, name, why)
+        logger.warning("%s.%s stays float: %s", branch.path, name, why)
     return Inserted(list(swaps), left_float)
 
 

@@ -18,8 +18,11 @@ BY_TYPE: dict[type[nn.Module], type[QuantLayer]] = {
 }
 # The float model's joins: known by name, because this package imports nothing from the model.
 BY_NAME: dict[str, type[QuantLayer]] = {"Add": QuantAdd, "Concat": QuantConcat}
-# Subclasses whose own forward computes the same for all non-empty inputs.
-SAME_FORWARD = {f"mmcv.cnn.bricks.wrappers.{name}" for name in ("Conv2d", "ConvTranspose2d", "Linear")}
+# Subclasses whose own forward computes the same: mmcv's mind empty inputs, the model's mind spconv's threads.
+SAME_FORWARD = {
+    *(f"mmcv.cnn.bricks.wrappers.{name}" for name in ("Conv2d", "ConvTranspose2d", "Linear")),
+    *(f"bevfusion.ops.sparse.{name}" for name in ("SubMConv3d", "SparseConv3d")),
+}
 # Their forward is never called: MultiheadAttention reads the weight itself.
 BYPASSED = nn.modules.linear.NonDynamicallyQuantizableLinear
 

@@ -1,8 +1,10 @@
 """Quantised sparse convolution."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Self
 
+import torch
 import torch.nn.functional as F
 from spconv.core import ConvAlgo
 from spconv.pytorch import SparseConvTensor
@@ -33,6 +35,17 @@ def output_axis(shape: Sequence[int], kernel: Sequence[int], in_channels: int, o
     wanted = " or ".join(str(layout) for layout in axes.values())
     problem = f"could be either of {wanted}" if fitting else f"is neither {wanted}"
     raise QuantizationError(f"sparse convolution weight of shape {tuple(shape)} {problem}: output axis unknown")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one CPU thread for the length of a `with` block: spconv 2.3's gather-scatter races with several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class QuantSparseConvolution(QuantLayer, SparseConvolution):
@@ -68,7 +81,8 @@ class QuantSparseConvolution(QuantLayer, SparseConvolution):
         """Convolve features (V, in_channels) into (V', out_channels); `x` stays as it is."""
         quantised = x.replace_feature(self._input_quantizer(x.features))
         weight = self._weight_quantizer(self.weight)
-        out = self._conv_forward(self.training, quantised, weight, None, name=self.name)
+        with nullcontext() if weight.is_cuda else one_thread():
+            out = self._conv_forward(self.training, quantised, weight, None, name=self.name)
         features = out.features
         if self.bias is not None:  # added here, because spconv has no bias on the CPU
             features = features + self.bias

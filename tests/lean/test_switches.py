@@ -75,9 +75,7 @@ def test_disable_layers_by_pattern(model):
 
 
 def test_a_pattern_that_fits_nothing_is_refused(model):
-    with pytest.raises(
-        QuantizationError, match="--disable 'decoder.bakbone.*' matched no module; nearest: 'decoder.backbone'"
-    ):
+    with pytest.raises(QuantizationError, match=r"matched no module; nearest: 'decoder\.backbone'"):
         disable_layers(model, ["decoder.bakbone.*"], "--disable")
 
 
