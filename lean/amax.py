@@ -82,7 +82,7 @@ def percentile_amax(histograms: Sequence[Histogram], percentile: float = 99.99) 
         raise QuantizationError(f"percentile must lie between 0 and 100, got {percentile}")
     density = Density(histograms)
     zeros = np.array([h.counts[ZERO] for h in histograms], dtype=np.float64)
-    wanted = (zeros + density.count.sum(axis=1)) * (percentile / 100) - zeros
+    wanted = (zeros + density.count.sum(axis=1)) * percentile / 100 - zeros
     reached = density.below + density.count >= wanted[:, None]
     index = np.where(reached.any(axis=1), reached.argmax(axis=1), reached.shape[1] - 1)[:, None]
     below, count, lower, width = (

@@ -16,10 +16,8 @@ def observed(values: torch.Tensor) -> Histogram:
 
 
 def fake_quantized(x: torch.Tensor, amax: torch.Tensor, inner: int, low: int, high: int) -> torch.Tensor:
-    out, one = torch.empty_like(x), amax.numel() == 1
-    cuda._fake_quantize[(-(-x.numel() // 512),)](
-        x, amax.view(-1), out, x.numel(), amax.numel(), inner, LOW=low, HIGH=high, ONE=one, WIDE=False, TILE=512
-    )
+    out = torch.empty_like(x)
+    cuda.fake_quantize(x.view(-1), amax.view(-1), out.view(-1), inner, low, high)
     return out
 
 
