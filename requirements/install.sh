@@ -29,7 +29,7 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.11 or 3.12 is needed, found ${PYTHON:-$(python3 --version 2>&1)};" \
+    fail "Python 3.11 or 3.12 is needed, but ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>/dev/null || echo no Python);" \
         "install one and run: make setup PYTHON=/path/to/python3.12"
 }
 
@@ -155,7 +155,7 @@ main() {
     stage no-deps $LISTS/no-deps.txt -- install_no_deps
     stage dev $LISTS/dev.txt -- install_list dev
     stage project setup.py pyproject.toml -- install_project
-    [ -z "$CHANGED" ] || note "ready: $VENV"
+    [ -z "$CHANGED" ] || note "ready: $VENV; $PY qat/doctor.py checks it"
 }
 
 main
