@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from pytorch_quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from lean.errors import QuantizationError
+from lean.stock import EPSILON
 from lean.switches import named_quantizers, quantized_layers, quantizer_flags
+from lean.weights import weight_amax
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module, Any], Any]
-# The library quantises everything to zero at an amax up to this, and 127 / amax leaves the float16 range near it.
-SMALLEST_AMAX = 2.0**-24
 
 
 def run_detector(model: nn.Module, batch: dict) -> Any:
@@ -31,6 +32,7 @@ def observe(
     num_batch: int,
     forward: Forward = run_detector,
     progress: Callable[..., Iterable] | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> int:
     """Run exactly `num_batch` batches (or all, if there are fewer) and let the input quantizers gather statistics.
 
@@ -39,6 +41,8 @@ def observe(
     Args:
         batches: yields what `forward` takes; no more than `num_batch` items are taken from it.
         progress: wraps the iteration like `tqdm(iterable, total=n)`.
+        check: called with a batch's name ("batch 3") after it ran; by default it refuses what the stock calibrators
+            could not count.
 
     Returns:
         The number of batches that ran.
@@ -51,7 +55,7 @@ def observe(
     total = min(num_batch, len(batches)) if isinstance(batches, Sized) else num_batch
     chosen = itertools.islice(batches, num_batch)
     everyone, observers = named_quantizers(model), _activation_quantizers(model)
-    done = 0
+    check, done = check or partial(_check_finite, observers), 0
     with (
         torch.no_grad(),
         evaluating(model),
@@ -61,7 +65,7 @@ def observe(
         for batch in chosen if progress is None else progress(chosen, total=total):
             forward(model, batch)
             done += 1
-            _check_finite(observers, done)
+            check(f"batch {done}")
     if done == 0:
         raise QuantizationError("calibration needs at least one batch, but the data loader is empty")
     if done < num_batch:
@@ -69,26 +73,29 @@ def observe(
     return done
 
 
-def calibrate_weights(model: nn.Module) -> None:
-    """Set every weight quantizer's amax to the largest absolute weight per index of its axis.
+def calibrate_weights(model: nn.Module, method: str = "max") -> None:
+    """Set every enabled weight quantizer's amax from the weight itself: one per index of its axis.
 
     A channel of zeros gets the layer's largest amax: it is zero at any scale, and no engine takes a scale of zero.
 
+    Args:
+        method: `max` or `mse`.
+
     Raises:
-        QuantizationError: a weight holds NaN or infinity.
+        QuantizationError: a weight holds NaN or infinity, or the method is unknown.
     """
     for name, layer in quantized_layers(model).items():
         quantizer = getattr(layer, "_weight_quantizer", None)
         if quantizer is None or quantizer._disabled:
             continue
-        weight = layer.weight.detach()
-        others = [dim for dim in range(weight.dim()) if dim != quantizer.axis]
-        amax = weight.abs().amax(others, keepdim=True).float()
-        if not torch.isfinite(amax).all():
-            raise QuantizationError(f"{name}: the weight holds NaN or infinity; check the checkpoint")
+        settings = {"num_bits": quantizer.num_bits, "narrow_range": quantizer.narrow_range}
+        try:
+            amax = weight_amax(layer.weight, quantizer.axis, method, **settings)
+        except QuantizationError as error:
+            raise QuantizationError(f"{name}: {error}") from None
         largest = amax.max()
-        filler = largest if largest > SMALLEST_AMAX else torch.ones_like(largest)
-        quantizer.set_amax(torch.where(amax > SMALLEST_AMAX, amax, filler))
+        filler = largest if largest > EPSILON else torch.ones_like(largest)
+        quantizer.set_amax(torch.where(amax > EPSILON, amax, filler))
 
 
 def choose_amax(model: nn.Module, device: torch.device, method: str = "mse", **options: float) -> None:
@@ -160,10 +167,10 @@ def _activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     return {name: q for name, q in named_quantizers(model).items() if q in inputs and not q._disabled}
 
 
-def _check_finite(quantizers: dict[str, TensorQuantizer], batch: int) -> None:
+def _check_finite(quantizers: dict[str, TensorQuantizer], batch: str) -> None:
     bad = [name for name, quantizer in quantizers.items() if quantizer._calibrator.nonfinite]
     if bad:
-        raise QuantizationError(f"NaN or infinity in batch {batch} at {_some(bad)}")
+        raise QuantizationError(f"NaN or infinity in {batch} at {_some(bad)}")
 
 
 def _usable(amax: Tensor) -> bool:

@@ -1,15 +1,15 @@
 """pytorch-quantization's TensorQuantizer, mended where it fails on the CPU or on an empty tensor."""
 
 import torch
-from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
+from lean.fused import FusedQuantizer
 from lean.recipe import QuantizerSpec
 from lean.stock import StockHistogram
 
 
-class Quantizer(TensorQuantizer):
+class Quantizer(FusedQuantizer):
     """Fake-quantises a tensor with the amax (a buffer `_amax`) that calibration has set.
 
     Args:
