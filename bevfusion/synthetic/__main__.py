@@ -37,13 +37,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Generate; returns the exit code, 2 for bad input."""
+    """Generate; returns the exit code: 2 for bad input, 130 when interrupted."""
     given = {k: v for k, v in vars(parse(arguments)).items() if v is not None}
     try:
-        generate(given.pop("out"), **given)
+        out = given.pop("out")
+        generate(out, **given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command completes it", file=sys.stderr)
+        return 130
+    print(f"{out} is complete: load it with NuScenes({given['version']!r}, {str(out)!r})")
     return 0
 
 

@@ -174,8 +174,8 @@ def _clipped(seen: np.ndarray, in_front: np.ndarray) -> list[tuple[int, np.ndarr
     """For solids that reach behind the camera: their vertices in front of it, and where edges pass its near plane."""
     clipped = []
     for i in np.flatnonzero(~in_front & (seen[..., 2].max(axis=1) > NEAR)):
-        points = np.unique(seen[i], axis=0)
-        ahead, behind = points[points[:, 2] > NEAR], points[points[:, 2] <= NEAR]
+        inside = seen[i, :, 2] > NEAR
+        ahead, behind = seen[i, inside], seen[i, ~inside]
         share = (ahead[:, None, 2:] - NEAR) / (ahead[:, None, 2:] - behind[None, :, 2:])
         cuts = ahead[:, None] + share * (behind[None] - ahead[:, None])
         clipped.append((i, np.concatenate([ahead, cuts.reshape(-1, 3)])))

@@ -68,29 +68,27 @@ class Street:
     actors: list[Actor] = field(default_factory=list)
     shapes: list[list[Part]] = field(default_factory=list)
     things: list[tuple[Motion, list[Part]]] = field(default_factory=list)
-    centres: list[np.ndarray] = field(default_factory=list)
-    yaws: list[np.ndarray] = field(default_factory=list)
-    halves: list[np.ndarray] = field(default_factory=list)
+    centres: np.ndarray = field(init=False)
+    yaws: np.ndarray = field(init=False)
+    halves: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
+
+    def __post_init__(self) -> None:
+        self.centres, self.yaws = np.empty((0, len(self.times), 2)), np.empty((0, len(self.times)))
 
     def reserve(self, motion: Motion, length: float, width: float, clearance: float = CLEARANCE) -> bool:
         """Take a place for a moving rectangle if it never overlaps another; says whether it did."""
         centre, yaw = motion.pose(self.road, self.times)
         half = np.array([length, width]) / 2 + clearance / 2
-        if self.centres and self._blocked(centre, yaw, half):
+        # Circles around the rectangles rule most of them out.
+        reach = np.hypot(*half) + np.hypot(self.halves[:, 0], self.halves[:, 1])
+        gap = self.centres - centre
+        near = np.flatnonzero((gap**2).sum(axis=-1).min(axis=1) < reach**2)
+        if len(near) and boxes_overlap(centre, yaw, half, self.centres[near], self.yaws[near], self.halves[near]).any():
             return False
-        self.centres.append(centre)
-        self.yaws.append(np.broadcast_to(yaw, self.times.shape))
-        self.halves.append(half)
+        self.centres = np.concatenate([self.centres, centre[None]])
+        self.yaws = np.concatenate([self.yaws, np.broadcast_to(yaw, (1, len(self.times)))])
+        self.halves = np.concatenate([self.halves, half[None]])
         return True
-
-    def _blocked(self, centre: np.ndarray, yaw: np.ndarray, half: np.ndarray) -> bool:
-        centres, halves = np.stack(self.centres), np.stack(self.halves)
-        reach = np.hypot(*half) + np.hypot(*halves.T)
-        near = (np.hypot(*(centres - centre).transpose(2, 0, 1)) < reach[:, None]).any(axis=1)
-        if not near.any():
-            return False
-        yaws = np.stack([y for y, n in zip(self.yaws, near, strict=True) if n])
-        return bool(boxes_overlap(centre, yaw, half, centres[near], yaws, halves[near]).any())
 
     def size(self, kind: str) -> tuple[float, float, float]:
         """A random size (length, width, height) for a kind; feet that are square stay square."""

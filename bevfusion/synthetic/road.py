@@ -33,6 +33,7 @@ COLOURS = np.array(
 REFLECT = np.array([0.28, 0.16, 0.07, 0.09, 0.17, 0.24, 0.55, 0.45], dtype=np.float32)
 DRIVABLE_OR_WALK = np.array([0, 0, 1, 1, 1, 1, 1, 1], dtype=bool)
 SETBACK = 26.0  # metres from the centre line to the last of the painted ground that is not cross street
+EDGE = 50.0  # metres to either side that are painted; what lies beyond is as the edge
 BAY = 6.0  # metres, length of a parking bay
 
 
@@ -118,11 +119,11 @@ class GroundMap:
     (s, d) of the first cell's corner, `cell` metres a cell.
     """
 
-    cell = 0.08
+    cell = 0.1
 
     def __init__(self, road: Road, span: tuple[float, float], rng: np.random.Generator):
-        self.road, self.start = road, (span[0], -60.0)
-        shape = (round((span[1] - span[0]) / self.cell), round(120.0 / self.cell))
+        self.road, self.start = road, (span[0], -EDGE)
+        shape = (round((span[1] - span[0]) / self.cell), round(2 * EDGE / self.cell))
         self.labels = np.full(shape, Ground.GRASS, dtype=np.uint8)
         self._paint(span)
         self.texture = self._colour(rng)
@@ -161,10 +162,10 @@ class GroundMap:
         for side in (-1, 1):
             kerb = sorted((s + side * half, s + side * (half + 0.24)))
             walk = sorted((s + side * half, s + side * (half + 3.0)))
-            self._both(tuple(walk), (self.road.front, 60.0), Ground.SIDEWALK)
-            self._both(tuple(kerb), (self.road.kerb, 60.0), Ground.KERB)
-        self._fill((s - half, s + half), (-60.0, 60.0), Ground.ASPHALT)
-        for d in np.arange(self.road.front + 2, 60.0, 6.0):
+            self._both(tuple(walk), (self.road.front, EDGE), Ground.SIDEWALK)
+            self._both(tuple(kerb), (self.road.kerb, EDGE), Ground.KERB)
+        self._fill((s - half, s + half), (-EDGE, EDGE), Ground.ASPHALT)
+        for d in np.arange(self.road.front + 2, EDGE, 6.0):
             self._both((s - 0.08, s + 0.08), (d, d + 3.0), Ground.YELLOW)
 
     def _zebra(self, s: float) -> None:

@@ -121,7 +121,7 @@ class _Faces:
 
     @classmethod
     def of(cls, solids: Solids, light: Light, camera: "Camera", buffers: "Buffers") -> "_Faces":
-        used = np.unique(buffers.face[buffers.face >= 0] // MAX_FACES)
+        used = np.flatnonzero(np.bincount(buffers.face[buffers.face >= 0] // MAX_FACES, minlength=len(solids)))
         row = np.zeros(len(solids), dtype=np.int32)
         row[used] = np.arange(len(used), dtype=np.int32) * MAX_FACES
         solids = solids[used]

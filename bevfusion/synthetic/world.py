@@ -4,7 +4,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from multiprocessing import connection
 from pathlib import Path
 
 import cv2
@@ -56,7 +59,7 @@ def generate(
     except OSError as error:
         where = error.filename or out
         raise InputError(
-            f"can't write the world at {where}: {error.strerror or error}; free it or choose another --out"
+            f"can't write the world at {where}: {error.strerror or error}; mend that or choose another --out"
         ) from error
 
 
@@ -100,13 +103,25 @@ def _capture_all(options: Options, out: Path, workers: int, progress: bool) -> N
             return
         # Forked processes share what is imported already: importing bevfusion anew takes seconds.
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
             try:
                 for future in as_completed(_submit(pool, options, out, missing)):
                     bar.update(future.result())
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _start_worker() -> None:
+    """Make a worker single-threaded, deaf to Ctrl-C (its parent hears it), and gone when its parent is."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _submit(pool: Executor, options: Options, out: Path, missing: list[tuple[str, int]]) -> list[Future]:
