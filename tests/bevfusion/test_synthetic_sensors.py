@@ -1,5 +1,8 @@
 """LiDAR and cameras of the synthetic world see the same scene, and each of them sees it where it is."""
 
+import json
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from bevfusion.synthetic.capture import sensor_pose, take_sweep
 from bevfusion.synthetic.geometry import MAX_FACES, Skin, box, prism, solids_from
 from bevfusion.synthetic.lidar import COLUMNS, NOBODY, PERIOD, RANGE_NOISE, Pose
 from bevfusion.synthetic.options import Options
-from bevfusion.synthetic.rig import CAMERAS, LIDAR
+from bevfusion.synthetic.rig import CAMERAS, LIDAR, NATIVE_SIZE, rotation_matrix
 from bevfusion.synthetic.scene import MARGIN
 
 SIZE = (800, 450)
@@ -196,3 +199,21 @@ def test_motion_within_a_sweep_is_that_of_the_vehicle(scene):
     # Walls along the street don't show a shift along the street; those across it do.
     assert np.percentile(moved, 97) < 4 * RANGE_NOISE
     assert np.percentile(unmoved, 97) > 6 * RANGE_NOISE
+
+
+def test_the_rig_is_that_of_nuscenes(golden):
+    """Calibration and trigger times of the real keyframe that comes with the reference data."""
+    info = json.loads((golden / "realframe_info.json").read_text())["infos"][0]
+    np.testing.assert_allclose(LIDAR.translation, info["lidar2ego_translation"], atol=1e-9)
+    np.testing.assert_allclose(rotation_matrix(LIDAR.rotation), rotation_matrix(info["lidar2ego_rotation"]), atol=1e-9)
+    assert {camera.channel for camera in CAMERAS} == set(info["cams"])
+    for camera in CAMERAS:
+        real = info["cams"][camera.channel]
+        np.testing.assert_allclose(camera.translation, real["sensor2ego_translation"], atol=1e-9)
+        expected = rotation_matrix(real["sensor2ego_rotation"])
+        np.testing.assert_allclose(rotation_matrix(camera.rotation), expected, atol=1e-9)
+        np.testing.assert_allclose(camera.matrix(NATIVE_SIZE), real["camera_intrinsics"], atol=1e-9)
+        half = np.array(real["camera_intrinsics"]) * [[0.5], [0.5], [1]]
+        np.testing.assert_allclose(camera.matrix(SIZE), half, atol=1e-9)
+        taken = int(re.search(r"__(\d{16})\.jpg", real["data_path"]).group(1))
+        assert camera.delay == pytest.approx((taken - info["timestamp"]) / 1e6, abs=1e-6)
