@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from mmcv.runner import BaseModule
 from torch import nn
 
 from bevfusion.registry import MODELS
@@ -25,5 +26,14 @@ def build_model(config: Mapping, pretrained: bool = False) -> nn.Module:
     """
     model = MODELS.build(config if pretrained else _without_downloads(config))
     if pretrained:
-        model.init_weights()
+        _initialise(model)
     return model.eval()
+
+
+def _initialise(module: nn.Module) -> None:
+    """Initialise the parts that know how; mmcv's own recursion ends at the first ModuleDict."""
+    for child in module.children():
+        if isinstance(child, BaseModule):
+            child.init_weights()
+        else:
+            _initialise(child)

@@ -144,7 +144,11 @@ class BEVFusion(BaseModule):
 
     def train_step(self, data: dict, optimizer: torch.optim.Optimizer | None = None) -> dict:
         """Run one training step for mmcv's runner: total loss, what to log, and the number of frames."""
-        losses = self(**data)
+        return self.summarise(self(**data), len(data["metas"]))
+
+    @staticmethod
+    def summarise(losses: Mapping[str, Tensor], frames: int) -> dict:
+        """Turn the losses of `frames` frames into what mmcv's runner expects of a step."""
         total = sum(value for name, value in losses.items() if name.startswith("loss/"))
-        logged = {name: float(value) for name, value in losses.items()}
-        return {"loss": total, "log_vars": {**logged, "loss": float(total)}, "num_samples": len(data["metas"])}
+        values = torch.stack([*losses.values(), total]).detach().tolist()  # together: a GPU is waited for only once
+        return {"loss": total, "log_vars": dict(zip([*losses, "loss"], values, strict=True)), "num_samples": frames}

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from mmdet3d.core import draw_heatmap_gaussian, gaussian_radius
 from mmdet3d.core.bbox import LiDARInstance3DBoxes
 from torch import Tensor, nn
 
@@ -25,6 +24,31 @@ class QueryTargets(NamedTuple):
     boxes: Tensor
     weights: Tensor
     ious: Tensor
+
+
+def gaussian_radii(sizes: Tensor, overlap: float) -> Tensor:
+    """Largest shifts (G,) of the corners of boxes (G, 2) that keep their IoU with the unshifted box above `overlap`.
+
+    Follows CornerNet (Law and Deng, 2018) as CenterNet implements it, slip included: the roots are not divided by 2a.
+    """
+    perimeter, area = sizes.sum(dim=1), sizes.prod(dim=1)
+    cases = (
+        (1.0, perimeter, area * (1 - overlap) / (1 + overlap)),
+        (4.0, 2 * perimeter, (1 - overlap) * area),
+        (4 * overlap, -2 * overlap * perimeter, (overlap - 1) * area),
+    )
+    return torch.stack([(b + (b * b - 4 * a * c).sqrt()) / 2 for a, b, c in cases]).amin(dim=0)
+
+
+def draw_gaussians(centres: Tensor, radii: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Draw a Gaussian of height 1 at each centre (G, 2), cut off `radii` (G,) cells from it: (G, X, Y)."""
+    sigmas = (2 * radii + 1) / 6
+    lines = []
+    for axis, length in enumerate(shape):
+        offset = (torch.arange(length, device=centres.device) - centres[:, axis, None]).abs()
+        line = torch.exp(-(offset**2) / (2 * sigmas[:, None] ** 2))
+        lines.append(line * (offset <= radii[:, None]))
+    return lines[0][:, :, None] * lines[1][:, None, :]
 
 
 class TransFusionLoss(nn.Module):
@@ -70,22 +94,19 @@ class TransFusionLoss(nn.Module):
         return QueryTargets(classes, targets, weights, match.ious)
 
     def heatmap_target(self, truths: Tensor, labels: Tensor) -> Tensor:
-        """Draw a Gaussian at each ground-truth centre: (classes, X, Y); drawn on the CPU, box by box."""
-        truths = truths.cpu()
+        """Draw a Gaussian at each ground-truth centre: (classes, X, Y), the largest where they meet."""
         factor = self.config["out_size_factor"]
         columns, rows = (size // factor for size in self.config["grid_size"][:2])
-        heatmap = truths.new_zeros(self.num_classes, columns, rows)
         cell = truths.new_tensor(self.config["voxel_size"][:2]) * factor
         origin = truths.new_tensor(self.config["point_cloud_range"][:2])
-        centres = ((truths[:, :2] - origin) / cell).int().tolist()
         sizes = truths[:, 3:5] / cell
-        for (x, y), size, label in zip(centres, sizes, labels.tolist(), strict=True):
-            if size.min() <= 0:
-                continue
-            radius = gaussian_radius(size, min_overlap=self.config["gaussian_overlap"])
-            # The map is indexed (x, y); the drawing function counts its centre as (column, row).
-            draw_heatmap_gaussian(heatmap[label], (y, x), max(self.config["min_radius"], int(radius)))
-        return heatmap
+        drawn = (sizes > 0).all(dim=1)
+        sizes, labels = sizes[drawn], labels[drawn]
+        centres = ((truths[drawn, :2] - origin) / cell).int()
+        radii = gaussian_radii(sizes, self.config["gaussian_overlap"]).int().clamp(min=self.config["min_radius"])
+        gaussians = draw_gaussians(centres, radii, (columns, rows))
+        heatmap = truths.new_zeros(self.num_classes, columns, rows)
+        return heatmap.scatter_reduce_(0, labels[:, None, None].expand_as(gaussians), gaussians, "amax")
 
     def forward(
         self, boxes: Sequence[LiDARInstance3DBoxes], labels: Sequence[Tensor], prediction: dict[str, Tensor]
@@ -95,9 +116,7 @@ class TransFusionLoss(nn.Module):
         truths = [frame.tensor.to(logits.device) for frame in boxes]
         labels = [frame.to(logits.device) for frame in labels]
 
-        heatmap = torch.stack([self.heatmap_target(t, c) for t, c in zip(truths, labels, strict=True)]).to(
-            logits.device
-        )
+        heatmap = torch.stack([self.heatmap_target(t, c) for t, c in zip(truths, labels, strict=True)])
         peaks = heatmap.eq(1).sum().clamp(min=1).item()
         probability = prediction["dense_heatmap"].sigmoid().clamp(1e-4, 1 - 1e-4)
         losses = {"loss_heatmap": self.loss_heatmap(probability, heatmap, avg_factor=peaks)}
