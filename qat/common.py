@@ -143,8 +143,11 @@ def choose_workers(asked: int | None, device: "torch.device") -> int:
     return min(os.cpu_count() or 1, 16) if device.type == "cuda" else 1
 
 
-def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, numpy and torch; `deterministic` also makes torch choose repeatable algorithms where it has any."""
+def make_repeatable(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch, and keep float32 products exact: no TF32.
+
+    `deterministic` also makes torch choose repeatable algorithms where it has any.
+    """
     import random
 
     import numpy as np
@@ -153,6 +156,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if deterministic:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -42,7 +42,7 @@ def main() -> None:
     outputs = output_files(args.out, len(files))
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
-    common.seed_everything(cfg.get("seed", 0) if args.seed is None else args.seed)
+    common.make_repeatable(cfg.get("seed", 0) if args.seed is None else args.seed)
 
     from bevfusion.evaluation import (
         class_table,

@@ -49,7 +49,7 @@ def main() -> None:
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
     seed = cfg.get("seed", 0) if args.seed is None else args.seed
-    common.seed_everything(seed, cfg.get("deterministic", False))
+    common.make_repeatable(seed, cfg.get("deterministic", False))
 
     with steps.step("load checkpoint"):
         model = calibration.load_float_model(cfg, args)

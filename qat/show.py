@@ -41,7 +41,7 @@ def main() -> None:
     common.set_up_logging(args)
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
-    common.seed_everything(cfg.get("seed", 0) if args.seed is None else args.seed)
+    common.make_repeatable(cfg.get("seed", 0) if args.seed is None else args.seed)
 
     import numpy as np
 

@@ -148,7 +148,7 @@ def test_device_choice(monkeypatch):
 
 def test_seeding_repeats_all_generators():
     def draw(seed):
-        common.seed_everything(seed)
+        common.make_repeatable(seed)
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     assert draw(5) == draw(5)
@@ -158,10 +158,10 @@ def test_seeding_repeats_all_generators():
 def test_deterministic_mode_is_entered_only_when_asked_for():
     body = """
     import torch
-    common.seed_everything(0)
+    common.make_repeatable(0)
     print(torch.are_deterministic_algorithms_enabled())
     torch.backends.cudnn.benchmark = True
-    common.seed_everything(0, deterministic=True)
+    common.make_repeatable(0, deterministic=True)
     print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
     """
     assert script(body).stdout == "False\nTrue False\n"

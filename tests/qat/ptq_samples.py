@@ -1,0 +1,73 @@
+"""A data root with the real keyframe, and a reduced camera+LiDAR model, for the tests of `qat/ptq.py`."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+
+from qat import common, ptq
+from tests.bevfusion.data_samples import reference_info, write_infos
+
+REDUCED = (
+    "image_size=[64,176]",
+    "point_cloud_range=[-14.4,-14.4,-5,14.4,14.4,3]",
+    "model.encoders.lidar.backbone.sparse_shape=[384,384,41]",
+    "model.encoders.camera.vtransform.xbound=[-14.4,14.4,0.3]",
+    "model.encoders.camera.vtransform.ybound=[-14.4,14.4,0.3]",
+    "model.encoders.camera.backbone.base_channels=8",
+    "model.encoders.camera.neck.in_channels=[64,128,256]",
+    "model.heads.object.num_proposals=20",
+)
+
+
+class Outcome(NamedTuple):
+    """Exit status and what was printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def link_frame(root: Path, realframe: Path, golden: Path, frames: int = 1) -> Path:
+    """Make `root` a data root whose training and validation frames are `frames` times the real keyframe."""
+    root.mkdir(parents=True)
+    for file in realframe.iterdir():
+        (root / file.name).symlink_to(file)
+    infos = [{**reference_info(golden), "token": f"{i:032x}", "scene_token": f"scene{i % 3}"} for i in range(frames)]
+    for split in ("train", "val"):
+        write_infos(root / f"nuscenes_infos_{split}.json", infos)
+    return root
+
+
+def options(root: Path, reduced: bool = True) -> list[str]:
+    """Values of `--cfg-options` for a root of `link_frame`: its info files are JSON."""
+    files = [f"data.{part}={root}/nuscenes_infos_{s}.json" for part, s in FILES]
+    return [*files, *(REDUCED if reduced else ())]
+
+
+FILES = (("train.dataset.ann_file", "train"), ("val.ann_file", "val"), ("test.ann_file", "val"))
+
+
+def run_here(*arguments: object) -> Outcome:
+    """Run `qat/ptq.py` in this process, which spares its imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["ptq.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        common.run(ptq.main)
+    return Outcome(stopped.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def edit_infos(path: Path, change) -> None:
+    """Rewrite the info file at `path` with every info passed through `change`."""
+    content = json.loads(path.read_text())
+    content["infos"] = [change(info) for info in content["infos"]]
+    path.write_text(json.dumps(content))
