@@ -28,7 +28,7 @@ def build_scene(seed: int, name: str, duration: float) -> Scene:
     traffic.queue(street)
     traffic.parked(street, near)
     traffic.on_cycles(street, near, ego.motion, duration)
-    traffic.on_foot(street, near, ego.motion, duration)
+    traffic.on_foot(street, near, duration)
     population.build_front(street, far)
     population.furnish(street, (-80.0, travel + 80.0))
     moving, static = street.solids()

@@ -1,4 +1,4 @@
-"""Rendering for pinhole cameras: a depth buffer filled solid by solid, then one pass of shading over all pixels.
+"""What pinhole cameras see: a depth buffer filled solid by solid; `shading` then colours all pixels in one pass.
 
 In a pinhole image ``1 / depth`` of a plane is linear in the pixel coordinates, so a convex solid is the minimum over
 its near planes where that exceeds the maximum over its far planes: no polygon is clipped or scan-converted, and every
@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bevfusion.synthetic.geometry import MAX_FACES, Solids
-from bevfusion.synthetic.lidar import Pose
-from bevfusion.synthetic.scene import View
-from bevfusion.synthetic.shading import shade
+from bevfusion.synthetic.geometry import MAX_FACES, NOBODY, Solids
+from bevfusion.synthetic.rig import Pose
 
 NEAR = 0.1  # metres
 TINY = 1.0  # pixels: what looks smaller is left out
@@ -46,17 +44,11 @@ class Buffers:
     visible: np.ndarray
 
     def owners(self, solids: Solids) -> np.ndarray:
-        """Owner of each pixel (H, W); ground and sky are the smallest integers."""
-        owner = np.full(self.face.shape, np.iinfo(np.int64).min)
+        """Owner of each pixel (H, W); ground and sky are `NOBODY`."""
+        owner = np.full(self.face.shape, NOBODY)
         solid = self.face >= 0
         owner[solid] = solids.owner[self.face[solid] // MAX_FACES]
         return owner
-
-
-def render(view: View, camera: Camera, rng: np.random.Generator, owners: int) -> tuple[np.ndarray, Buffers]:
-    """The picture (H, W, 3) uint8 BGR and what is behind it; `owners` is the number of actors."""
-    buffers = rasterise(view.solids, camera, owners)
-    return shade(view, camera, buffers, rng), buffers
 
 
 def rasterise(solids: Solids, camera: Camera, owners: int) -> Buffers:

@@ -9,11 +9,12 @@ import cv2
 import numpy as np
 
 from bevfusion.synthetic.build import build_scene
-from bevfusion.synthetic.camera import Camera, render
-from bevfusion.synthetic.lidar import Pose, Sweep, scan
+from bevfusion.synthetic.camera import Camera
+from bevfusion.synthetic.lidar import Sweep, scan
 from bevfusion.synthetic.options import KEYFRAME_PERIOD, Options, Shot
-from bevfusion.synthetic.rig import CAMERAS, LIDAR, Sensor, quaternion, rotation_matrix
+from bevfusion.synthetic.rig import CAMERAS, LIDAR, Pose, Sensor, quaternion, rotation_matrix
 from bevfusion.synthetic.scene import MARGIN, Scene, generator
+from bevfusion.synthetic.shading import render
 
 JPEG_QUALITY = 88
 ANNOTATED = 80.0  # metres from the ego vehicle within which objects are annotated

@@ -160,6 +160,7 @@ def concatenate(groups: Sequence[Solids]) -> Solids:
 
 
 MAX_FACES, MAX_VERTICES, MAX_SIDES = 12, 20, 10
+NOBODY = np.iinfo(np.int64).min  # the owner of ground and sky
 
 
 def solids_from(parts: Sequence[Part], owner: int | Sequence[int]) -> Solids:

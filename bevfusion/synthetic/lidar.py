@@ -1,10 +1,11 @@
 """Ray casting for a spinning 32-beam LiDAR (as Velodyne HDL-32E: +10.67 to -30.67 degrees, 20 turns a second)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from bevfusion.synthetic.geometry import MAX_FACES, Solids
+from bevfusion.synthetic.geometry import MAX_FACES, NOBODY, Solids
+from bevfusion.synthetic.rig import Pose
 from bevfusion.synthetic.road import REFLECT
 from bevfusion.synthetic.scene import View
 
@@ -18,30 +19,14 @@ GROUND = -1
 
 
 @dataclass(frozen=True)
-class Pose:
-    """Where a sensor is in the coordinates of a view: rotation (3, 3) sensor to view, position (3,) in metres.
-
-    `velocity` (3,) in m/s and `yaw_rate` in rad/s are those during a scan; zero where time stands still.
-    """
-
-    rotation: np.ndarray
-    position: np.ndarray
-    velocity: np.ndarray = field(default_factory=lambda: np.zeros(3))
-    yaw_rate: float = 0.0
-
-
-@dataclass(frozen=True)
 class Sweep:
     """points (M, 5) float32: x, y, z in the LiDAR frame (m), intensity 0..255, ring; owner (M,) as in ``Solids.owner``.
 
-    On the ground the owner is `NOBODY`.
+    On the ground the owner is ``geometry.NOBODY``.
     """
 
     points: np.ndarray
     owner: np.ndarray
-
-
-NOBODY = np.iinfo(np.int64).min
 
 
 def scan(view: View, pose: Pose, rng: np.random.Generator, velocity: np.ndarray | None = None) -> Sweep:

@@ -4,7 +4,7 @@ The numbers are those of log n015-2018-07-24-11-22-45+0800 of nuScenes v1.0. Fra
 on the ground under the rear axle; LiDAR x right, y forward, z up; camera x right, y down, z forward.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +30,19 @@ class Sensor:
         focal, cx, cy = self.intrinsic
         sx, sy = size[0] / NATIVE_SIZE[0], size[1] / NATIVE_SIZE[1]
         return np.array([[focal * sx, 0.0, cx * sx], [0.0, focal * sy, cy * sy], [0.0, 0.0, 1.0]])
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where a sensor is in the coordinates of a view: rotation (3, 3) sensor to view, position (3,) in metres.
+
+    `velocity` (3,) in m/s and `yaw_rate` in rad/s are those during a scan; zero where time stands still.
+    """
+
+    rotation: np.ndarray
+    position: np.ndarray
+    velocity: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    yaw_rate: float = 0.0
 
 
 LIDAR = Sensor(

@@ -3,24 +3,27 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
+from bevfusion.synthetic.camera import GROUND, Buffers, Camera, rasterise
 from bevfusion.synthetic.geometry import MAX_FACES, Solids
 from bevfusion.synthetic.scene import Light, View
 from bevfusion.synthetic.textures import LEVELS, SIZE, atlas
-
-if TYPE_CHECKING:
-    from bevfusion.synthetic.camera import Buffers, Camera
 
 HAZE = 320.0  # metres over which haze hides all but 1/e
 SHADOW_REACH, SHADOW_CELL = 50.0, 0.125  # metres
 NOISE = 0.012
 
 
-def shade(view: View, camera: "Camera", buffers: "Buffers", rng: np.random.Generator) -> np.ndarray:
+def render(view: View, camera: Camera, rng: np.random.Generator, owners: int) -> tuple[np.ndarray, Buffers]:
+    """The picture (H, W, 3) uint8 BGR and what is behind it; `owners` is the number of actors."""
+    buffers = rasterise(view.solids, camera, owners)
+    return shade(view, camera, buffers, rng), buffers
+
+
+def shade(view: View, camera: Camera, buffers: Buffers, rng: np.random.Generator) -> np.ndarray:
     """Colour every pixel of a rasterised image; returns (H, W, 3) uint8 BGR."""
     width, height = camera.size
     u = np.arange(width, dtype=np.float32) + np.float32(0.5)
@@ -66,11 +69,11 @@ def _shade_sky(planes: np.ndarray, light: Light, pixels: _Pixels) -> None:
 
 def _shade_ground(planes: np.ndarray, view: View, focal: float, pixels: _Pixels) -> None:
     """Paint the ground, each band of rows from the mip level that suits its distance."""
-    filled = np.flatnonzero((pixels.face == -1).any(axis=1))
+    filled = np.flatnonzero((pixels.face == GROUND).any(axis=1))
     if not len(filled):
         return
     rows = slice(filled[0], filled[-1] + 1)
-    ground, depth = pixels.face[rows] == -1, pixels.depth[rows]
+    ground, depth = pixels.face[rows] == GROUND, pixels.depth[rows]
     x, y = (pixels.origin[k] + pixels.rays[k][rows] * depth for k in (0, 1))
     s, d = view.road.to_road(x, y)
     middle = np.where(ground, depth, 0).sum(axis=1) / np.maximum(ground.sum(axis=1), 1)
@@ -120,7 +123,7 @@ class _Faces:
     colour: np.ndarray
 
     @classmethod
-    def of(cls, solids: Solids, light: Light, camera: "Camera", buffers: "Buffers") -> "_Faces":
+    def of(cls, solids: Solids, light: Light, camera: Camera, buffers: Buffers) -> "_Faces":
         used = np.flatnonzero(np.bincount(buffers.face[buffers.face >= 0] // MAX_FACES, minlength=len(solids)))
         row = np.zeros(len(solids), dtype=np.int32)
         row[used] = np.arange(len(used), dtype=np.int32) * MAX_FACES
@@ -152,7 +155,7 @@ def _shade_solids(planes: np.ndarray, faces: _Faces, pixels: _Pixels) -> None:
         plane.ravel()[where] = np.take(texels, texel) * np.take(colour, face)
 
 
-def _mip_levels(solids: Solids, camera: "Camera") -> tuple[np.ndarray, np.ndarray]:
+def _mip_levels(solids: Solids, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
     """First texel and texels a side (F,) int32 of each face's tile at the level that suits its distance."""
     tiles = atlas()
     middle = solids.vertices.mean(axis=1) - camera.pose.position

@@ -157,7 +157,7 @@ def queue(street: Street) -> None:
             d += size[0] + rng.uniform(1.2, 2.5)
 
 
-def on_foot(street: Street, span: tuple[float, float], ego: Motion, duration: float) -> None:
+def on_foot(street: Street, span: tuple[float, float], duration: float) -> None:
     """People along the sidewalks, standing in groups, and crossing at the zebras."""
     rng, road = street.rng, street.road
     for side in (-1, 1):

@@ -10,10 +10,10 @@ import pytest
 from bevfusion.synthetic.build import build_scene
 from bevfusion.synthetic.camera import Camera, rasterise
 from bevfusion.synthetic.capture import sensor_pose, take_sweep
-from bevfusion.synthetic.geometry import MAX_FACES, Skin, box, prism, solids_from
-from bevfusion.synthetic.lidar import COLUMNS, NOBODY, PERIOD, RANGE_NOISE, Pose
+from bevfusion.synthetic.geometry import MAX_FACES, NOBODY, Skin, box, prism, solids_from
+from bevfusion.synthetic.lidar import COLUMNS, PERIOD, RANGE_NOISE
 from bevfusion.synthetic.options import Options
-from bevfusion.synthetic.rig import CAMERAS, LIDAR, NATIVE_SIZE, rotation_matrix
+from bevfusion.synthetic.rig import CAMERAS, LIDAR, NATIVE_SIZE, Pose, rotation_matrix
 from bevfusion.synthetic.scene import MARGIN
 
 SIZE = (800, 450)
