@@ -13,7 +13,7 @@ class FusedQuantizer(TensorQuantizer):
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
         """Quantise and dequantise `inputs` (any shape), with the calibrated amax."""
-        amax = getattr(self, "_amax", None)
+        amax = self._buffers.get("_amax")  # a module's attributes of this sort are slow to look up
         plain = self._fake_quant and not self._learn_amax and self._scale_amax is None
         if amax is None or not plain or self.use_fb_fake_quant or not kernels.can_fake_quantize(inputs, amax):
             return super()._quant_forward(inputs)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from lean.errors import QuantizationError
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FUSED = (torch.float32, torch.float16)
-_CHANNELS_LAST = {4: (torch.channels_last, (0, 2, 3, 1)), 5: (torch.channels_last_3d, (0, 2, 3, 4, 1))}
+FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+FUSED = frozenset((torch.float32, torch.float16))
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _backend(x: Tensor):
-    """The module with the kernels for the tensor's device; imported on use, as Triton and Numba may be absent."""
-    if x.is_cuda:
+@cache
+def _backend(on_cuda: bool):
+    """The module with the kernels for a device; imported on use, as Triton and Numba may be absent."""
+    if on_cuda:
         from lean.kernels import cuda
 
         return cuda
@@ -23,13 +27,11 @@ def _backend(x: Tensor):
     return cpu
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()][0])
-
-
 def _dense(x: Tensor) -> Tensor:
-    """The values of `x` as a 1-D tensor: a view in memory order if it is contiguous or channels-last, else a copy."""
-    return (x.permute(_CHANNELS_LAST[x.dim()][1]) if _is_channels_last(x) else x).reshape(-1)
+    """`x` if its values lie side by side in memory, contiguous or channels-last, else a copy of which that is true."""
+    if x.is_contiguous() or (x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()])):
+        return x
+    return x.contiguous()
 
 
 def observe(x: Tensor, counts: Tensor, extremes: Tensor) -> None:
@@ -44,7 +46,7 @@ def observe(x: Tensor, counts: Tensor, extremes: Tensor) -> None:
     if x.device != counts.device:
         raise QuantizationError(f"can't observe a tensor on {x.device}: the counts are on {counts.device}")
     if x.numel():
-        _backend(x).observe(_dense(x.detach()), counts, extremes)
+        _backend(x.is_cuda).observe(_dense(x), counts, extremes)
 
 
 def can_fake_quantize(x: Tensor, amax: Tensor) -> bool:
@@ -75,14 +77,14 @@ def fake_quantize(
     high = 2 ** (num_bits - 1 + int(unsigned)) - 1
     low = 0 if unsigned else -high - int(not narrow_range)
     if amax.numel() == 1:
-        inner, layout = x.numel(), _CHANNELS_LAST[x.dim()][0] if _is_channels_last(x) else torch.contiguous_format
+        x = _dense(x)
+        inner = x.numel()
     else:
         axis = next(i for i, size in enumerate(amax.shape) if size > 1)
         if amax.shape[axis] != x.shape[axis]:
             raise QuantizationError(f"amax {tuple(amax.shape)} doesn't fit a tensor of shape {tuple(x.shape)}")
-        x, inner, layout = x.contiguous(), x[(0,) * (axis + 1)].numel(), torch.contiguous_format
-    out = torch.empty_like(x, memory_format=layout)
+        x, inner = x.contiguous(), math.prod(x.shape[axis + 1 :])
+    out = torch.empty_like(x)  # in the same layout, as `x` is dense
     if x.numel():
-        dense, result = (t.reshape(-1) if amax.numel() > 1 else _dense(t) for t in (x, out))
-        _backend(x).fake_quantize(dense, amax.reshape(-1), result, inner, low, high)
+        _backend(x.is_cuda).fake_quantize(x, amax, out, inner, low, high)
     return out

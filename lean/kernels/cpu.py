@@ -101,10 +101,15 @@ def _shares(size: int, align: int = 1) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def observe(values: Tensor, counts: Tensor, extremes: Tensor) -> None:
-    """Add a 1-D tensor's values to the state (see `lean.kernels.observe`)."""
+def _flat(x: Tensor) -> Tensor:
+    """The values of a dense tensor as a 1-D view, in memory order."""
+    return x.detach().as_strided((x.numel(),), (1,))
+
+
+def observe(x: Tensor, counts: Tensor, extremes: Tensor) -> None:
+    """Add a dense tensor's values to the state (see `lean.kernels.observe`)."""
     state = counts.numpy(), extremes.numpy()
-    for chunk in values.split(_CHUNK):
+    for chunk in _flat(x).split(_CHUNK):
         bits = chunk.float().numpy().view(np.int32)
         shares = _shares(bits.size)
         if len(shares) == 1:
@@ -130,16 +135,16 @@ def _scales(amax: np.ndarray, high: int, half: bool) -> tuple[np.ndarray, np.nda
 
 
 def fake_quantize(x: Tensor, amax: Tensor, out: Tensor, inner: int, low: int, high: int) -> None:
-    """Fill 1-D `out` with the fake-quantised 1-D `x` (see `lean.kernels.fake_quantize`)."""
+    """Fill `out` with the fake-quantised `x`; both dense, in one layout (see `lean.kernels.fake_quantize`)."""
     if low == 0 and x.min() < 0:
         raise QuantizationError("negative values in an unsigned quantizer: make it signed in the recipe")
-    amaxes = amax.numpy()
+    x, amaxes, target = _flat(x), amax.detach().numpy().reshape(-1), _flat(out)
     if (amaxes < 0).any():
         raise QuantizationError("an amax is negative: calibrate again")
     half = out.dtype == torch.float16
     scales, divisors = _scales(amaxes, high, half)
     values, bounds = x.float().numpy(), (np.float32(low), np.float32(high))
-    result = np.empty_like(values) if half else out.numpy()
+    result = np.empty_like(values) if half else target.numpy()
 
     def fill(share: slice) -> None:
         rows = min(inner, share.stop - share.start), share.start // inner
@@ -152,4 +157,4 @@ def fake_quantize(x: Tensor, amax: Tensor, out: Tensor, inner: int, low: int, hi
         with ThreadPoolExecutor(len(shares)) as pool:
             list(pool.map(fill, shares))
     if half:
-        out.copy_(torch.from_numpy(result))
+        target.copy_(torch.from_numpy(result))

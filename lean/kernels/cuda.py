@@ -8,6 +8,7 @@ number of bins, before Triton 3.7), so three lines of PTX declare the table, add
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -127,37 +128,68 @@ def _fake_quantize(
     tl.store(out + offset, tl.div_rn(q, tl.where(zero, 1.0, divisor)).to(values.dtype), mask=inside)
 
 
+class _Launcher:
+    """Launches a kernel by the binary that was compiled for arguments of the same kind.
+
+    Triton's own dispatch works the kind out of every argument in each launch and costs more host time (60 us) than
+    most layers of a network compute.
+
+    Args:
+        kernel: what `triton.jit` gives.
+        options: `num_warps` and the like.
+    """
+
+    def __init__(self, kernel: Any, **options: Any):
+        self._kernel, self._options = kernel, options
+        self._binaries: dict[tuple, Any] = {}
+
+    def __call__(
+        self, programs: int, tensors: tuple[Tensor, ...], numbers: tuple[int, ...], constants: tuple[int, ...]
+    ) -> None:
+        """Run `programs` programs on the tensors' device; the dtypes of the first tensor tell those of the others."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        device = tensors[0].get_device()
+        # All that Triton specialises on: alignment to 16, the number 1, multiples of 16, more than 32 bits.
+        kind = (
+            *(device, tensors[0].dtype, constants),
+            *[address & 15 for address in addresses],
+            *[-1 if number == 1 else (number & 15, number >> 31) for number in numbers],
+        )
+        binary = self._binaries.get(kind)
+        if binary is None:
+            with torch.cuda.device_of(tensors[0]):
+                launched = self._kernel[(programs,)](*tensors, *numbers, *constants, **self._options)
+            self._binaries[kind] = launched  # None in Triton's interpreter, which compiles nothing
+        elif device == torch.cuda.current_device():
+            binary[(programs, 1, 1)](*addresses, *numbers, *constants)
+        else:
+            with torch.cuda.device(device):
+                binary[(programs, 1, 1)](*addresses, *numbers, *constants)
+
+
+_OBSERVE = _Launcher(_observe, num_warps=_WARPS)
+# Without fusion y + _ROUNDER would still be exact, but x * scale must be rounded before it.
+_FAKE_QUANTIZE = _Launcher(_fake_quantize, num_warps=4, enable_fp_fusion=False)
+
+
 @cache
-def _programs(device: torch.device) -> int:
+def _programs(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * _BLOCKS_PER_MULTIPROCESSOR
 
 
-def observe(values: Tensor, counts: Tensor, extremes: Tensor) -> None:
-    """Add a 1-D tensor's values to the state (see `lean.kernels.observe`)."""
-    with torch.cuda.device_of(values):
-        for chunk in values.split(_CHUNK):
-            grid = (min(triton.cdiv(chunk.numel(), _TILE), _programs(values.device)),)
-            _observe[grid](
-                chunk, counts, extremes, chunk.numel(), SHARED=True, TILE=_TILE, THREADS=32 * _WARPS, num_warps=_WARPS
-            )
+def observe(x: Tensor, counts: Tensor, extremes: Tensor) -> None:
+    """Add a dense tensor's values to the state (see `lean.kernels.observe`)."""
+    size = x.numel()
+    if size > _CHUNK:
+        for chunk in x.detach().as_strided((size,), (1,)).split(_CHUNK):
+            observe(chunk, counts, extremes)
+        return
+    programs = min(-(-size // _TILE), _programs(x.get_device()))
+    _OBSERVE(programs, (x, counts, extremes), (size,), (True, _TILE, 32 * _WARPS))
 
 
 def fake_quantize(x: Tensor, amax: Tensor, out: Tensor, inner: int, low: int, high: int) -> None:
-    """Fill 1-D `out` with the fake-quantised 1-D `x` (see `lean.kernels.fake_quantize`)."""
-    with torch.cuda.device_of(x):
-        # Without fusion y + _ROUNDER would still be exact, but x * scale must be rounded before it.
-        _fake_quantize[(triton.cdiv(x.numel(), _QUANTIZE_TILE),)](
-            x,
-            amax,
-            out,
-            x.numel(),
-            amax.numel(),
-            inner,
-            LOW=low,
-            HIGH=high,
-            ONE=amax.numel() == 1,
-            WIDE=x.numel() > _CHUNK,
-            TILE=_QUANTIZE_TILE,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    """Fill `out` with the fake-quantised `x`; both dense, in one layout (see `lean.kernels.fake_quantize`)."""
+    size, channels = x.numel(), amax.numel()
+    constants = (low, high, channels == 1, size > _CHUNK, _QUANTIZE_TILE)
+    _FAKE_QUANTIZE(-(-size // _QUANTIZE_TILE), (x, amax, out), (size, channels, inner), constants)
