@@ -80,7 +80,8 @@ def insert_branch(
         _check(rule, branch.path, names, swaps, left_float)
     apply_sharing(root, branch.share)
     for name, why in left_float.items():
-        logger.warning("%s.%s stays float: %s", branch.path, name, why)
+        level = logging.INFO if name in kept else logging.WARNING
+        logger.log(level, "%s.%s stays float: %s", branch.path, name, why)
     return Inserted(list(swaps), left_float)
 
 

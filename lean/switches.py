@@ -71,7 +71,10 @@ class _Switch:
 
 
 class disable_quantization(_Switch):
-    """Let the layers at or below a module compute in floating point."""
+    """Let the layers at or below a module compute in floating point.
+
+    A quantizer that is shared with layers elsewhere is off for them too; `disable_layers` refuses that.
+    """
 
     disabled = True
 

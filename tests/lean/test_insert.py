@@ -75,7 +75,7 @@ def test_torch_stays_unpatched(model):
     assert type(nn.Linear(1, 1)).__module__ == "torch.nn.modules.linear"
 
 
-def test_keep_float_and_other_kinds_are_listed(model):
+def test_keep_float_and_other_kinds_are_listed(model, caplog):
     model.decoder.extra = nn.Conv1d(1, 1, 1)
     done = insert_branch(model.decoder, branch("*", keep_float=("neck.deblocks.0.*",)))
     assert done.left_float == {
@@ -84,6 +84,7 @@ def test_keep_float_and_other_kinds_are_listed(model):
     }
     assert type(model.decoder.neck.deblocks[0][0]) is nn.Conv2d
     assert "neck.deblocks.1.0" in done.quantised
+    assert [record.getMessage() for record in caplog.records] == ["decoder.extra stays float: Conv1d has no INT8 form"]
 
 
 @pytest.mark.parametrize(
