@@ -14,6 +14,7 @@ from lean.density import Density
 from lean.errors import QuantizationError
 from lean.histogram import ZERO, Histogram
 
+METHODS = ("mse", "entropy", "percentile", "max")
 STEPS_PER_OCTAVE = 64  # MSE candidates are maximum * 2^(-i / 64): neighbours differ by 1.1 %
 OCTAVES = 16
 ENTROPY_BINS = 2048  # entropy candidates are maximum * i / 2048, as in pytorch-quantization

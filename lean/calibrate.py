@@ -1,4 +1,4 @@
-"""Calibration: observe batches, choose amax, check that every quantizer got one."""
+"""Calibration: let quantizers observe batches, set the weights' amax, check that every quantizer got one."""
 
 import itertools
 import logging
@@ -12,6 +12,7 @@ from pytorch_quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from lean.errors import QuantizationError
+from lean.observer import Observers, install_observers
 from lean.stock import EPSILON
 from lean.switches import named_quantizers, quantized_layers, quantizer_flags
 from lean.weights import weight_amax
@@ -19,6 +20,7 @@ from lean.weights import weight_amax
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module, Any], Any]
+AfterBatch = Callable[[int, Any], None]
 
 
 def run_detector(model: nn.Module, batch: dict) -> Any:
@@ -32,17 +34,17 @@ def observe(
     num_batch: int,
     forward: Forward = run_detector,
     progress: Callable[..., Iterable] | None = None,
-    check: Callable[[str], None] | None = None,
+    after_batch: AfterBatch | None = None,
 ) -> int:
-    """Run exactly `num_batch` batches (or all, if there are fewer) and let the input quantizers gather statistics.
+    """Run exactly `num_batch` batches (or all, if there are fewer) and let the input quantizers' calibrators see them.
 
     The model computes in floating point meanwhile; its training flags and quantizers are as before afterwards.
 
     Args:
         batches: yields what `forward` takes; no more than `num_batch` items are taken from it.
         progress: wraps the iteration like `tqdm(iterable, total=n)`.
-        check: called with a batch's name ("batch 3") after it ran; by default it refuses what the stock calibrators
-            could not count.
+        after_batch: called with a batch's number, from 1, and the batch after it ran; by default it refuses what the
+            library's calibrators could not count.
 
     Returns:
         The number of batches that ran.
@@ -54,8 +56,8 @@ def observe(
         raise QuantizationError(f"calibration needs at least one batch, got {num_batch}")
     total = min(num_batch, len(batches)) if isinstance(batches, Sized) else num_batch
     chosen = itertools.islice(batches, num_batch)
-    everyone, observers = named_quantizers(model), _activation_quantizers(model)
-    check, done = check or partial(_check_finite, observers), 0
+    everyone, observers = named_quantizers(model), input_quantizers(model)
+    after_batch, done = after_batch or partial(_refuse_nonfinite, observers), 0
     with (
         torch.no_grad(),
         evaluating(model),
@@ -65,7 +67,7 @@ def observe(
         for batch in chosen if progress is None else progress(chosen, total=total):
             forward(model, batch)
             done += 1
-            check(f"batch {done}")
+            after_batch(done, batch)
     if done == 0:
         raise QuantizationError("calibration needs at least one batch, but the data loader is empty")
     if done < num_batch:
@@ -98,32 +100,6 @@ def calibrate_weights(model: nn.Module, method: str = "max") -> None:
         quantizer.set_amax(torch.where(amax > EPSILON, amax, filler))
 
 
-def choose_amax(model: nn.Module, device: torch.device, method: str = "mse", **options: float) -> None:
-    """Set every enabled input quantizer's amax from its statistics.
-
-    Args:
-        device: where the amax are put: the model's.
-        method: `mse`, `entropy`, `percentile` or `max`.
-        options: further arguments of the calibrator's `compute_amax`, such as `percentile`.
-
-    Raises:
-        QuantizationError: a quantizer saw no data, or its amax is not finite and positive.
-    """
-    unseen, unusable = [], []
-    for name, quantizer in _activation_quantizers(model).items():
-        amax = quantizer._calibrator.compute_amax(method, **options)
-        if amax is None:
-            unseen.append(name)
-        elif not _usable(amax):
-            unusable.append(f"{name} ({amax.item():g})")
-        else:
-            quantizer.set_amax(amax.to(device))
-    if unseen:
-        raise QuantizationError(f"no data, or only zeros, reached {_some(unseen)}; check the data or disable the layer")
-    if unusable:
-        raise QuantizationError(f"amax is not finite and positive: {_some(unusable)}; check the data")
-
-
 def check_calibrated(model: nn.Module) -> None:
     """Refuse a model with an enabled quantizer that has no finite, positive amax, naming it.
 
@@ -135,13 +111,21 @@ def check_calibrated(model: nn.Module) -> None:
         raise QuantizationError("the model has no quantizers: insert them before calibration")
     bad = [name for name, q in quantizers.items() if not q._disabled and (q.amax is None or not _usable(q.amax))]
     if bad:
-        raise QuantizationError(f"no finite, positive amax in {_some(bad)}; calibrate the model first")
+        raise QuantizationError(f"no finite, positive amax in {name_some(bad)}; calibrate the model first")
 
 
 def reset_statistics(model: nn.Module) -> None:
-    """Make every input quantizer forget what it observed."""
-    for quantizer in _activation_quantizers(model).values():
+    """Make the calibrator of every input quantizer forget what it saw."""
+    for quantizer in input_quantizers(model).values():
         quantizer._calibrator.reset()
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[Observers]:
+    """Let every input quantizer collect into common `Observers`, instead of its calibrator, within a `with` block."""
+    quantizers = input_quantizers(model)
+    with quantizer_flags(quantizers.values(), _calibrator=None):
+        yield install_observers(quantizers)
 
 
 @contextmanager
@@ -161,22 +145,23 @@ def model_device(model: nn.Module) -> torch.device:
     return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
-def _activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+def input_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     """Every enabled quantizer of a layer's input once, by its first name."""
     inputs = {layer._input_quantizer for layer in quantized_layers(model).values()}
     return {name: q for name, q in named_quantizers(model).items() if q in inputs and not q._disabled}
 
 
-def _check_finite(quantizers: dict[str, TensorQuantizer], batch: str) -> None:
-    bad = [name for name, quantizer in quantizers.items() if quantizer._calibrator.nonfinite]
+def name_some(names: list[str], limit: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _refuse_nonfinite(quantizers: dict[str, TensorQuantizer], number: int, batch: Any) -> None:
+    bad = [name for name, quantizer in quantizers.items() if getattr(quantizer._calibrator, "nonfinite", 0)]
     if bad:
-        raise QuantizationError(f"NaN or infinity in {batch} at {_some(bad)}")
+        raise QuantizationError(f"NaN or infinity in batch {number} at {name_some(bad)}")
 
 
 def _usable(amax: Tensor) -> bool:
     return bool((torch.isfinite(amax) & (amax > 0)).all())
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

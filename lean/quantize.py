@@ -13,14 +13,16 @@ from lean.bevfusion_recipe import DECODER_BRANCH, LIDAR_BRANCH, camera_branch_of
 from lean.calibrate import (
     calibrate_weights,
     check_calibrated,
-    choose_amax,
+    input_quantizers,
     model_device,
     observe,
+    observing,
     reset_statistics,
     run_detector,
 )
 from lean.errors import QuantizationError
 from lean.insert import Inserted, insert_branch
+from lean.ranges import Method, methods_of, set_amax, set_stock_amax
 from lean.recipe import BranchRecipe, LayerRule
 from lean.status import quantizer_table
 from lean.switches import disable_layers, disable_quantization, enable_quantization, named_quantizers
@@ -66,7 +68,7 @@ def quantize_decoder(decoder: nn.Module) -> Inserted:
 
 
 def set_quantizer_fast(model: nn.Module) -> None:
-    """Let histogram calibrators count where the tensor lies, instead of in numpy on the CPU."""
+    """Let the library's calibrators count where the tensor lies, instead of in numpy on the CPU; ours always do."""
     for quantizer in named_quantizers(model).values():
         if isinstance(quantizer._calibrator, HistogramCalibrator):
             quantizer._calibrator._torch_hist = True
@@ -79,7 +81,10 @@ def calibrate_model(
     batch_processor_callback: Callable[[nn.Module, Any], Any] | None = None,
     num_batch: int = 1,
     *,
-    method: str = "mse",
+    method: Method = "mse",
+    calibrator: str = "lean",
+    weight_method: str = "max",
+    name_of: Callable[[int, Any], str] = lambda number, batch: f"batch {number}",
     progress: Callable[..., Iterable] | None = None,
     **options: float,
 ) -> int:
@@ -89,7 +94,11 @@ def calibrate_model(
         dataloader: yields batches; if it has fewer than `num_batch`, all of them run and a warning is logged.
         device: the model's device.
         batch_processor_callback: called with (model, batch); by default the batch is passed to an mmdet3d detector.
-        method: `mse`, `entropy`, `percentile` or `max`.
+        method: `mse`, `entropy`, `percentile` or `max`, or one of them for each of several globs over quantizer names.
+        calibrator: `lean` counts exactly (`lean.histogram`), summed over the processes of torch.distributed; `stock` is
+            the library's own, for comparison.
+        weight_method: `max` or `mse`.
+        name_of: what to call a batch, given its number from 1 and itself, in an error about its data.
         progress: wraps the iteration over batches like `tqdm(iterable, total=n)`.
         options: further arguments of the choice of amax, such as `percentile`.
 
@@ -100,11 +109,24 @@ def calibrate_model(
         QuantizationError: no batch, a device that isn't the model's, NaN or infinity in the data, or a quantizer that
             is left without a finite, positive amax.
     """
-    device = _check_device(model, device)
-    reset_statistics(model)
-    calibrate_weights(model)
-    done = observe(model, dataloader, num_batch, batch_processor_callback or run_detector, progress)
-    choose_amax(model, device, method, **options)
+    _check_device(model, device)
+    methods_of(input_quantizers(model), method)  # refuses what it can't use before the long part of the run
+    calibrate_weights(model, weight_method)
+    forward = batch_processor_callback or run_detector
+    if calibrator == "lean":
+        with observing(model) as observers:
+
+            def check(number: int, batch: Any) -> None:
+                observers.check_finite(name_of(number, batch))
+
+            done = observe(model, dataloader, num_batch, forward, progress, check)
+        set_amax(model, observers.statistics(summed=True), method, **options)
+    elif calibrator == "stock":
+        reset_statistics(model)
+        done = observe(model, dataloader, num_batch, forward, progress)
+        set_stock_amax(model, method, **options)
+    else:
+        raise QuantizationError(f"unknown calibrator {calibrator!r}: choose lean or stock")
     check_calibrated(model)
     return done
 
@@ -114,9 +136,8 @@ def print_quantizer_status(model: nn.Module) -> None:
     sys.stdout.write(quantizer_table(model) + "\n")
 
 
-def _check_device(model: nn.Module, device: torch.device | str | int) -> torch.device:
+def _check_device(model: nn.Module, device: torch.device | str | int) -> None:
     wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     actual = model_device(model)
     if wanted.type != actual.type or wanted.index not in (None, actual.index):
         raise QuantizationError(f"calibration on {wanted} was asked for, but the model is on {actual}; move it there")
-    return actual

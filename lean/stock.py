@@ -5,9 +5,9 @@ import torch
 from pytorch_quantization.calib import HistogramCalibrator
 from torch import Tensor
 
+from lean.amax import METHODS
 from lean.errors import QuantizationError
 
-METHODS = ("mse", "entropy", "percentile", "max")
 FIRST_BIN = 128  # the library's `start_bin`: no amax below this bin is tried
 EPSILON = 2.0**-24  # the library quantises everything to zero at an amax up to this
 

@@ -1,6 +1,7 @@
 """Calibration: how many batches run, what they leave, and what is refused."""
 
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -8,14 +9,17 @@ import torch
 from torch import nn
 
 from lean import quantize
+from lean.amax import METHODS, choose_amax
 from lean.bevfusion_recipe import default_recipe
 from lean.calibrate import calibrate_weights, check_calibrated, observe, reset_statistics, run_detector
 from lean.errors import QuantizationError
 from lean.fold import fold_dense, fold_sparse
+from lean.histogram import Histogram
 from lean.insert import insert_quantizers
 from lean.status import layer_status, quantizer_table
 from lean.stock import stock_amax
 from lean.switches import disable_quantization, named_quantizers, quantized_layers
+from lean.weights import weight_amax
 from tests.lean.tiny import TinyFusion, batch, relative_error, run
 
 
@@ -116,19 +120,76 @@ def test_a_second_calibration_starts_from_nothing(model):
     assert all(torch.equal(q.amax, first[name]) for name, q in named_quantizers(model).items())
 
 
-@pytest.mark.parametrize("method", ["mse", "entropy", "percentile", "max"])
-def test_methods_choose_from_the_histogram_that_was_collected(model, method):
+@pytest.mark.parametrize("calibrator", ["lean", "stock"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_choose_from_what_was_seen(model, method, calibrator):
     options = {"percentile": 99.0} if method == "percentile" else {}
-    calibrate(model, [batch(0)], method=method, **options)
-    quantizer = model.fuser[0]._input_quantizer
-    histogram = quantizer._calibrator
-    counts, edges = histogram._calib_hist.numpy(), histogram._calib_bin_edges.numpy()
-    assert quantizer.amax.item() == np.float32(stock_amax(counts, edges, method, **options))
+    calibrate(model, [batch(0), batch(1)], 2, method=method, calibrator=calibrator, **options)
+    quantizer, seen = model.fuser[0]._input_quantizer, []
+    with disable_quantization(model):
+        model.fuser[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numpy()))
+        for index in range(2):
+            run(model, batch(index))
+    values = np.concatenate([tensor.ravel() for tensor in seen])
+    if calibrator == "lean":
+        assert quantizer.amax.item() == choose_amax({"": Histogram.from_values(values)}, method, **options)[""]
+    else:
+        histogram = quantizer._calibrator
+        counts, edges = histogram._calib_hist.numpy(), histogram._calib_bin_edges.numpy()
+        assert counts.sum() == values.size
+        assert quantizer.amax.item() == np.float32(stock_amax(counts, edges, method, **options))
 
 
-def test_an_unknown_method_is_refused(model):
+def test_both_calibrators_choose_nearly_the_same_range(model):
+    amax = {}
+    for calibrator in ("stock", "lean"):
+        calibrate(model, [batch(0)], calibrator=calibrator)
+        amax[calibrator] = {name: q.amax for name, q in named_quantizers(model).items() if q.axis is None}
+    ratios = [(amax["lean"][name] / stock).item() for name, stock in amax["stock"].items()]
+    assert np.median(np.abs(np.log(ratios))) < 0.02
+    assert max(np.abs(np.log(ratios))) < 0.2
+
+
+def test_a_method_for_each_part_of_the_model(model):
+    calibrate(model, [batch(0)], method="max")
+    largest = {name: q.amax for name, q in named_quantizers(model).items()}
+    calibrate(model, [batch(0)], method={"*": "max", "decoder.*": "entropy"})
+    changed = {name for name, q in named_quantizers(model).items() if not torch.equal(q.amax, largest[name])}
+    assert changed
+    assert all(name.startswith("decoder.") for name in changed)
+    with pytest.raises(QuantizationError, match=r"no calibration method is given for encoders\."):
+        calibrate(model, [batch(0)], method={"decoder.*": "max"})
+
+
+def test_weights_by_mse(model):
+    calibrate(model, [batch(0)], weight_method="mse")
+    layer = model.fuser[0]
+    expected = weight_amax(layer.weight, 0, "mse")
+    assert torch.equal(layer._weight_quantizer.amax, expected)
+    assert (expected.flatten() < layer.weight.detach().abs().amax((1, 2, 3))).any()
+
+
+def test_statistics_are_left_out_of_the_model(model):
+    before = len(pickle.dumps(model))
+    calibrators = {name: q._calibrator for name, q in named_quantizers(model).items()}
+    calibrate(model, [batch(0)])
+    assert all(q._calibrator is calibrators[name] for name, q in named_quantizers(model).items())
+    assert len(pickle.dumps(model)) - before < 100_000
+
+
+def test_an_unknown_method_or_calibrator_is_refused_before_any_batch(model):
+    batches = Counted(1)
     with pytest.raises(QuantizationError, match="must be one of mse, entropy, percentile, max, got 'median'"):
-        calibrate(model, [batch(0)], method="median")
+        calibrate(model, batches, method="median")
+    with pytest.raises(QuantizationError, match="unknown calibrator 'sock': choose lean or stock"):
+        calibrate(model, batches, calibrator="sock")
+    assert batches.taken == 0
+
+
+@pytest.mark.parametrize("calibrator", ["lean", "stock"])
+def test_a_percentile_of_zeros_is_named(model, calibrator):
+    with pytest.raises(QuantizationError, match=r"not finite and positive: .* \(0\).*percentile"):
+        calibrate(model, [batch(0)], method="percentile", percentile=0.0, calibrator=calibrator)
 
 
 @pytest.mark.parametrize("number", [0, -1])
@@ -171,15 +232,27 @@ def test_disabled_quantizers_take_no_part(model):
     assert model.encoders["camera"]["backbone"].conv1._input_quantizer.amax is None
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nonfinite_data_is_named_with_its_batch(model, value):
+def poisoned_run(value: float):
     def poison(m, b):
         run(m, b)
         b.images[0, 0, 3, 3] = value
 
+    return poison
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_data_is_named_with_its_batch(model, value):
     data = [batch(0)] * 2  # poisoned by the first forward, met by the second
+    options = {"name_of": lambda number, one: f"frame {number} of {one.images.shape[0]} images"}
+    with pytest.raises(QuantizationError, match=r"camera\.backbone\.conv1\._.* got .* values in frame 2 of 1 images"):
+        quantize.calibrate_model(model, data, "cpu", poisoned_run(value), 2, **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_librarys_calibrators_name_nonfinite_data_too(model, value):
+    data = [batch(0)] * 2
     with pytest.raises(QuantizationError, match=r"NaN or infinity in batch 2 at encoders\.camera\.backbone\.conv1\._"):
-        quantize.calibrate_model(model, data, "cpu", poison, 2)
+        quantize.calibrate_model(model, data, "cpu", poisoned_run(value), 2, calibrator="stock")
 
 
 def test_nan_in_a_weight_is_named(model):
