@@ -1,11 +1,11 @@
 """The names that users' scripts call; the work is done by the modules they come from."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from absl import logging as absl_logging
 from pytorch_quantization.calib import HistogramCalibrator
 from torch import nn
 
@@ -44,7 +44,8 @@ __all__ = [
 
 def initialize() -> None:
     """Silence pytorch-quantization's log, which has several lines for every quantizer; torch stays unpatched."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Its own logger alone: absl's `set_verbosity` would silence the root logger, and with it ours.
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def quantize_encoders_lidar_branch(backbone: nn.Module) -> Inserted:

@@ -1,7 +1,10 @@
 """Quantised layers in the right places, sharing what they should."""
 
+import logging
+
 import pytest
 import torch
+from absl import logging as absl_logging
 from torch import nn
 
 from lean import quantize
@@ -73,6 +76,13 @@ def test_torch_stays_unpatched(model):
     quantize.quantize_decoder(model.decoder)
     assert type(nn.Conv2d(1, 1, 1)).__module__ == "torch.nn.modules.conv"
     assert type(nn.Linear(1, 1)).__module__ == "torch.nn.modules.linear"
+
+
+def test_initialize_silences_the_library_alone(caplog):
+    quantize.initialize()
+    absl_logging.warning("a line for every quantizer")
+    logging.getLogger("lean").warning("something the user must know")
+    assert [record.getMessage() for record in caplog.records] == ["something the user must know"]
 
 
 def test_keep_float_and_other_kinds_are_listed(model, caplog):
