@@ -26,6 +26,7 @@ from bevfusion.data import (
 )
 from bevfusion.errors import InputError
 from bevfusion.models import build_model
+from lean.calibrate import reset_statistics
 from lean.files import atomic_write
 from lean.matching import matches
 from lean.quantize import calibrate_model, set_quantizer_fast
@@ -118,7 +119,7 @@ def check_disable(model: nn.Module, patterns: Sequence[str]) -> None:
         disable_layers(model, patterns, "--disable")
 
 
-def calibrate(model: nn.Module, frames: Frames, method: str, workers: int) -> None:
+def calibrate(model: nn.Module, frames: Frames, args: argparse.Namespace, workers: int) -> None:
     """Run the frames through `model` and set every amax; shows a progress bar.
 
     Raises:
@@ -138,8 +139,12 @@ def calibrate(model: nn.Module, frames: Frames, method: str, workers: int) -> No
         device,
         lambda net, batch: net(**to_device(batch, device)),
         len(frames.indices),
-        method=method,
+        method=args.method,
+        calibrator=args.calibrator,
+        weight_method=args.weight_method,
+        name_of=lambda number, batch: f"frame {frames.tokens[number - 1]}",
         progress=progress,
+        percentile=args.percentile,
     )
 
 
@@ -160,6 +165,9 @@ def provenance(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe,
         "recipe": recipe.to_dict(),
         "disable": list(args.disable),
         "method": args.method,
+        "percentile": args.percentile,
+        "weight_method": args.weight_method,
+        "calibrator": args.calibrator,
         "calibration": {"pipeline": args.calib_pipeline, "seed": frames.seed, "tokens": list(frames.tokens)},
         "versions": {"python": platform.python_version(), **{n: versions[n] for n in RECORDED if n in versions}},
     }
@@ -174,6 +182,7 @@ def save(model: nn.Module, path: Path, made_of: Mapping[str, Any]) -> None:
         QuantizationError: the file can't be written; an older one is as it was.
     """
     model.ptq = dict(made_of)
+    reset_statistics(model)
     device = next(model.parameters()).device
     wrapped = MMDataParallel(model, device_ids=[device.index or 0] if device.type == "cuda" else [])
     with atomic_write(path) as file:

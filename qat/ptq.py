@@ -6,10 +6,22 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import math
 
 from qat import common
 
 METHODS = ("mse", "entropy", "percentile", "max")
+
+
+def percentage(text: str) -> float:
+    """Parse a number above 0 and up to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 100, got {text!r}")
+    return value
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,6 +31,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--calibrate_batch", metavar="N", type=common.positive, default=300, help="frames to run over")
     parser.add_argument("--save", metavar="FILE", type=Path, default=Path("qat/ckpt/bevfusion_ptq.pth"), help="result")
     parser.add_argument("--method", choices=METHODS, default="mse", help="how amax is chosen from the statistics")
+    parser.add_argument(
+        "--percentile",
+        metavar="P",
+        type=percentage,
+        default=99.99,
+        help="per cent of the values --method percentile keeps",
+    )
+    parser.add_argument(
+        "--weight-method", choices=("max", "mse"), default="max", help="how the weights' amax is chosen"
+    )
+    parser.add_argument(
+        "--calibrator",
+        choices=("lean", "stock"),
+        default="lean",
+        help="stock: pytorch-quantization's own, to compare with",
+    )
     parser.add_argument(
         "--disable", metavar="PATTERN", nargs="+", action="extend", default=[], help="layers to leave in float as well"
     )
@@ -65,7 +93,7 @@ def main() -> None:
         fold_dense(model)
         model.to(device)
     with steps.step("calibrate"):
-        calibration.calibrate(model, frames, args.method, common.choose_workers(args.workers, device))
+        calibration.calibrate(model, frames, args, common.choose_workers(args.workers, device))
     with steps.step("disable and save"):
         calibration.disable(model, recipe, args.disable)
         calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, frames))
