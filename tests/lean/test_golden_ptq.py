@@ -60,7 +60,7 @@ def ptq(golden):
     sparse = fold_sparse(model.get_submodule(LIDAR))
     quantize.set_quantizer_fast(model)
     frame = golden_batch(golden)
-    batches = quantize.calibrate_model(model, [frame], "cpu", forward, 1)
+    batches = quantize.calibrate_model(model, [frame], "cpu", forward, 1, calibrator="stock")
     disabled = quantize.disable_layers(model, recipe.disable)
     return SimpleNamespace(**locals())
 
