@@ -111,13 +111,17 @@ class TransFusionHead(nn.Module):
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.momentum = bn_momentum
 
+    @property
+    def point_classes(self) -> tuple[int, ...]:
+        """Classes whose heatmap peaks are taken without the local-maximum filter."""
+        return tuple(i for i in POINT_CLASSES.get(self.test_cfg["dataset"], ()) if i < self.num_classes)
+
     def _peaks(self, heatmap: Tensor) -> Tensor:
         """Zero every cell of (B, classes, X, Y) that is no local maximum; the border counts as none."""
         inner = F.max_pool2d(heatmap, self.nms_kernel_size, stride=1)
         local_max = F.pad(inner, [self.nms_kernel_size // 2] * 4)
-        for index in POINT_CLASSES.get(self.test_cfg["dataset"], ()):
-            if index < self.num_classes:
-                local_max[:, index] = heatmap[:, index]
+        for index in self.point_classes:
+            local_max[:, index] = heatmap[:, index]
         return heatmap * (heatmap == local_max)
 
     @force_fp32()
