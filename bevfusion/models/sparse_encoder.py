@@ -98,7 +98,7 @@ class SparseEncoder(nn.Module):
         layers = []
         for index, (width, padding) in enumerate(zip(widths, paddings, strict=True)):
             if index == len(widths) - 1 and stage != stages:
-                key = f"spconv{stage + 1}"
+                key = f"spconv{stage}"
                 down = SparseConv3d(channels, width, 3, 2, _axes(padding), bias=False, indice_key=key)
                 layers.append(_conv_norm_act(down, self.norm_cfg))
             else:
