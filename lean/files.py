@@ -36,7 +36,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         QuantizationError: the disk is full, or the folder can't be written to; an older `path` is as it was.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise QuantizationError(f"{path}: can't write there ({error.strerror}); choose another folder") from None
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
