@@ -1,7 +1,8 @@
 # make setup   build .venv; takes seconds when nothing has changed; REPAIR="spconv mmcv" installs these stages again
 # make lint    check style and formatting
 # make test    run the tests; PYTEST_ARGS="-k config" selects some
-.PHONY: setup lint test
+# make bench   time calibration and fake quantisation against pytorch-quantization; BENCH_ARGS="--only model"
+.PHONY: setup lint test bench
 
 BIN := .venv/bin
 
@@ -14,3 +15,6 @@ lint: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup
+	$(BIN)/python -W ignore bench/bench.py $(BENCH_ARGS)

@@ -2,6 +2,7 @@
 
     python bench/bench.py            # on CUDA if there is one, else on the CPU
     python bench/bench.py --device cpu --size 4000000 --quantizers 20
+    python bench/bench.py --only model loading --dataset-root data/nuscenes
 
 Every figure is a median over alternating repetitions, so that a busy machine slows both sides.
 """
@@ -9,10 +10,7 @@ Every figure is a median over alternating repetitions, so that a busy machine sl
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -26,52 +24,13 @@ from pytorch_quantization.tensor_quant import QuantDescriptor, fake_tensor_quant
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import loading, whole_model
+from bench.timing import Row, kernel_medians, medians, rows
 from lean import kernels
 from lean.amax import choose_amax
 from lean.fused import FusedQuantizer
 from lean.histogram import SLOTS, Histogram
 from lean.observer import install_observers
-
-Row = tuple[str, str, str, str]  # what, how, milliseconds, ratio
-
-
-def medians(tasks: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each task, run in turn `repeats` times after one untimed round."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for round_ in range(repeats + 1):
-        for name, task in tasks.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            task()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def kernel_medians(tasks: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
-    """As `medians`, but on CUDA the device's own time between events, free of the host's."""
-    if device != "cuda":
-        return medians(tasks, device, repeats)
-    events = {name: [] for name in tasks}
-    for round_ in range(repeats + 3):
-        for name, task in tasks.items():
-            torch.cuda._sleep(2_000_000)  # lets the host run ahead, so that launches don't show
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            task()
-            stop.record()
-            if round_ >= 3:
-                events[name].append((start, stop))
-    torch.cuda.synchronize()
-    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
-
-
-def rows(what: str, times: dict[str, float], base: str) -> list[Row]:
-    """Table rows with each time over that of `base`."""
-    return [(what, name, f"{t:.3f}", f"{t / times[base]:.2f}") for name, t in times.items()]
 
 
 def observing(device: str, size: int, repeats: int) -> list[Row]:
@@ -179,23 +138,46 @@ def forwards(device: str, repeats: int) -> list[Row]:
         return rows(f"{build.__name__}, 6x3x{size[0]}x{size[1]}", medians(tasks, device, repeats), "plain")
 
 
-def main() -> None:
+PARTS = ("observe", "quantise", "amax", "resnet", "model", "loading")
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to time")
     parser.add_argument("--size", type=int, default=17_300_000, help="values of the activation that is observed")
     parser.add_argument("--quantizers", type=int, default=105)
     parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
+    parser.add_argument("--config", help="model (default: the full ResNet-50 one on CUDA, the demo's on the CPU)")
+    parser.add_argument("--points", type=int, nargs="+", help="points in the model's cloud (default: 30000, 250000)")
+    parser.add_argument("--dataset-root", help="nuScenes, or a synthetic one: without it loading is not timed")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", help="data loading processes (default: 1, and by the machine)"
+    )
+    parser.add_argument("--frames", type=int, default=96, help="frames to load, from few in turn")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as qat/ptq.py computes
+    parts = {
+        "observe": lambda: observing(args.device, args.size, args.repeats),
+        "quantise": lambda: fake_quantising(args.device, args.size, args.repeats),
+        "amax": lambda: choosing(args.device, args.quantizers),
+        "resnet": lambda: forwards(args.device, args.repeats),
+        "model": lambda: whole_model.forwards(args.device, args.repeats, args.config, args.points),
+        "loading": lambda: loading.rates(args.device, args.config, args.dataset_root, args.workers, args.frames),
+    }
     table = [("what", "how", "ms", "ratio")]
-    table += observing(args.device, args.size, args.repeats)
-    table += fake_quantising(args.device, args.size, args.repeats)
-    table += choosing(args.device, args.quantizers)
-    table += forwards(args.device, args.repeats)
+    for part in args.only:
+        if part != "loading" or args.dataset_root:
+            table += parts[part]()
     widths = [max(len(row[i]) for row in table) for i in range(4)]
     for row in table:
-        print(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}")
+        print(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Benchmarks: `python bench/bench.py` prints a table."""
