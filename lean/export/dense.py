@@ -123,8 +123,8 @@ def export_camera(model: nn.Module, folder: Path, options: DenseOptions) -> list
     Raises:
         QuantizationError: the model can't be exported.
     """
-    downsample = model.encoders["camera"]["vtransform"].downsample
     with _prepared(model, options):
+        downsample = model.encoders["camera"]["vtransform"].downsample
         images, outputs = camera_inputs(model, options.cameras), ("camera_feature", "camera_depth_weights")
         backbone, _ = write_part(CameraBackbone(model), images, outputs, folder / "camera.backbone.onnx", options)
         pooled = {"feat_in": pooled_map(model)}
