@@ -38,9 +38,12 @@ class HalfReport:
     raised: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """One line for each departure."""
-        kept = [f"  float32: {name}: {why}" for name, why in self.float32.items()]
-        return kept + [f"  {count} scales of {name} raised to 2^-18" for name, count in self.raised.items()]
+        """One line for each reason to compute in float32, with the nodes, and for each tensor whose scales changed."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.float32.items():
+            reasons.setdefault(why, []).append(name)
+        kept = [f"float32 in {', '.join(names)}: {why}" for why, names in reasons.items()]
+        return kept + [f"{count} scales of {name} raised to 2^-18" for name, count in self.raised.items()]
 
 
 def check_half_range(model: ModelProto, file: str) -> None:
