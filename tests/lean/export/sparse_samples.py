@@ -22,9 +22,9 @@ ONE_VOXEL = (torch.zeros(1, 5), torch.zeros(1, 4, dtype=torch.int32))
 SMALL = {
     "in_channels": 5,
     "sparse_shape": (40, 32, 41),
-    "base_channels": 4,
+    "base_channels": 8,
     "output_channels": 16,
-    "encoder_channels": ((4, 4, 8), (8, 8, 12), (12, 12, 16), (16, 16)),
+    "encoder_channels": ((8, 8, 12), (12, 12, 16), (16, 16, 24), (24, 24)),
     "encoder_paddings": ((0, 0, 1), (0, 0, 1), (0, 0, (1, 1, 0)), (0, 0)),
     "block_type": "basicblock",
 }
@@ -50,7 +50,7 @@ def float_backbone(**changes: object) -> nn.Module:
             nn.init.normal_(module.bias, std=0.1)
         elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 5:
             # Far fewer than all taps meet a voxel.
-            nn.init.normal_(weight, std=(8 / weight[0].numel()) ** 0.5)
+            nn.init.normal_(weight, std=(3 / weight[0].numel()) ** 0.5)
     return backbone.eval()
 
 
