@@ -10,8 +10,8 @@ from spconv.pytorch import SparseConvTensor
 from torch import Tensor, nn
 
 from lean.bevfusion_recipe import LIDAR_BRANCH
-from lean.calibrate import check_calibrated
 from lean.errors import QuantizationError
+from lean.export.checks import check_exportable
 from lean.export.sparse_nodes import OUTPUT_BOUND, NodeWriter
 from lean.export.sparse_plan import plan
 from lean.export.sparse_trace import Tracer
@@ -82,25 +82,16 @@ def onnx_model(
 
 def _prepare(backbone: nn.Module, fp16: bool) -> nn.Module:
     """Copy the backbone to the CPU, folded, with all its layers of the kinds that the tracer knows."""
-    if not quantized_layers(backbone) and not fp16:
-        raise QuantizationError(
-            "the LiDAR backbone is not quantised: quantise the checkpoint with qat/ptq.py, or export with --fp16"
-        )
+    check_exportable(backbone, fp16)
     backbone = copy.deepcopy(backbone).cpu().float().eval()
     if not quantized_layers(backbone):
         insert_branch(backbone, LIDAR_BRANCH)
         disable_quantization(backbone).apply()
     fold_sparse(backbone)
-    _refuse_norms(backbone)
-    if not fp16:
-        check_calibrated(backbone)
-    return backbone
-
-
-def _refuse_norms(backbone: nn.Module) -> None:
     norms = [n for n, m in backbone.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if norms:
         raise QuantizationError(f"LiDAR backbone: {norms[0]} follows no convolution that it could be folded into")
+    return backbone
 
 
 def _check_flattening(tracer: Tracer, bev: Tensor) -> None:

@@ -11,10 +11,11 @@ from lean.errors import QuantizationError
 from lean.export.sparse_plan import INT8, Step
 from lean.fused import FusedQuantizer
 from lean.layers import QuantAdd
-from lean.layers.sparse import output_axis
 
 OUTPUT_BOUND = 200_000  # voxels; what the runtime's users know
 HALF = torch.finfo(torch.float16)
+NUMBERS = ("ndim", "in_channels", "out_channels", "groups", "subm", "transposed", "inverse")
+AXES = ("kernel_size", "stride", "padding", "dilation", "output_padding")
 
 
 class NodeWriter:
@@ -60,7 +61,7 @@ class NodeWriter:
         self.nodes.append(helper.make_node(op, inputs, [self.last], f"{prefix}{number}", **attributes))
 
     def _add(self, step: Step, inputs: list[str]) -> None:
-        bound = _range(step.layer._input_quantizer, f"{step.name}._input_quantizer", step.precision)
+        bound = _range(step.layer._input_quantizer, f"{step.name}._input_quantizer")
         ranges = {} if bound is None else {f"input{i}_dynamic_range": bound[0] for i in range(2)}
         if step.precision == INT8 and step.layer.inputs != "all":
             raise QuantizationError(f"{step.name}: libspconv adds two int8 tensors; quantise both inputs of the add")
@@ -70,27 +71,21 @@ class NodeWriter:
         conv = step.layer
         self.channels = conv.out_channels
         number = sum(node.op_type == "SparseConvolution" for node in self.nodes)
+        weight = conv.weight.permute(0, 3, 2, 1, 4) if self.inverse else conv.weight
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
-        inputs += [f"spconv{number}.weight", f"spconv{number}.bias"]
-        for name, value, what in zip(inputs[1:], (self._weight(step), bias), ("weight", "bias"), strict=True):
+        for what, value in (("weight", weight), ("bias", bias)):
             half = _half(value, f"{step.name}.{what}").numpy()
-            tensor = helper.make_tensor(name, TensorProto.FLOAT16, half.shape, half.astype("<f2").tobytes(), raw=True)
-            self.initializers.append(tensor)
-        axes = {
-            "input_spatial_shape": step.before,
-            "output_spatial_shape": step.after,
-            **{
-                name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "output_padding")
-            },
-        }
-        flags = {name: int(getattr(conv, name)) for name in ("subm", "transposed", "inverse")}
+            inputs.append(f"spconv{number}.{what}")
+            data = half.astype("<f2").tobytes()
+            self.initializers.append(helper.make_tensor(inputs[-1], TensorProto.FLOAT16, half.shape, data, raw=True))
+        axes = {name: getattr(conv, name) for name in AXES}
+        axes |= {"input_spatial_shape": step.before, "output_spatial_shape": step.after}
         self._node(
             "SparseConvolution",
             "conv",
             inputs,
-            **{name: getattr(conv, name) for name in ("ndim", "in_channels", "out_channels", "groups")},
+            **{name: int(getattr(conv, name)) for name in NUMBERS},
             **{name: self._axes(values) for name, values in axes.items()},
-            **flags,
             **_ranges(step),
             input_shape=[1, conv.in_channels],  # one voxel stands for any number
             output_shape=[1, conv.out_channels],
@@ -101,19 +96,12 @@ class NodeWriter:
             output_precision=step.output_precision,
         )
 
-    def _weight(self, step: Step) -> Tensor:
-        """Weight in the order (out, kx, ky, kz, in), or (out, kz, ky, kx, in)."""
-        conv = step.layer
-        axis = output_axis(conv.weight.shape, conv.kernel_size, conv.in_channels, conv.out_channels)
-        weight = conv.weight if axis == 0 else conv.weight.movedim(axis, 0)
-        return weight.permute(0, 3, 2, 1, 4) if self.inverse else weight
-
 
 def _ranges(step: Step) -> dict[str, float | list[float]]:
-    """Attributes with the calibrated ranges; none for what has none and needs none."""
+    """Attributes with the calibrated ranges, also of a disabled layer if it has them."""
     conv = step.layer
-    bounds = _range(conv._input_quantizer, f"{step.name}._input_quantizer", step.precision)
-    weights = _range(conv._weight_quantizer, f"{step.name}._weight_quantizer", step.precision)
+    bounds = _range(conv._input_quantizer, f"{step.name}._input_quantizer")
+    weights = _range(conv._weight_quantizer, f"{step.name}._weight_quantizer")
     if bounds is None or weights is None:
         return {}
     if len(weights) not in (1, conv.out_channels):
@@ -122,14 +110,10 @@ def _ranges(step: Step) -> dict[str, float | list[float]]:
     return {"input_dynamic_range": bounds[0], "weight_dynamic_ranges": weights}
 
 
-def _range(quantizer: FusedQuantizer, name: str, precision: str) -> list[float] | None:
-    """The quantizer's amax, rounded to fp16 as the runtime's weights are; None if it has none and needs none."""
+def _range(quantizer: FusedQuantizer, name: str) -> list[float] | None:
+    """The quantizer's amax, rounded to fp16 as the weights are; None if it has none, which only a disabled one may."""
     if quantizer.amax is None:
-        if precision == INT8:
-            raise QuantizationError(f"{name} has no amax: calibrate the model first")
         return None
-    if precision == INT8 and (quantizer.num_bits != 8 or quantizer.unsigned):
-        raise QuantizationError(f"{name} is not signed 8 bit: libspconv has no other integers")
     bounds = _half(quantizer.amax.reshape(-1), name)
     if not (bounds > 0).all():
         raise QuantizationError(f"{name}: amax {quantizer.amax.min():g} is not positive in fp16")

@@ -129,7 +129,7 @@ class Layers:
 
 
 def same_integers(interpreter, backbone, features, coordinates) -> tuple[int, int]:
-    """Compare every stored int8 value with the fake-quantised model's; return how many there are, and how many differ."""
+    """Compare every stored int8 value with the fake-quantised model's; return the number, and how many differ."""
     layers = Layers(backbone)
     bev(backbone, features.half().double(), coordinates)
     values = interpreter.run_all(features.numpy(), coordinates.numpy(), integer=True)

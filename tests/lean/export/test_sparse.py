@@ -267,6 +267,16 @@ def test_a_layer_quantised_by_half(backbone, tmp_path):
     refuse(backbone, tmp_path, f"{BLOCK}.conv1", "one is off")
 
 
+def test_an_add_that_quantises_one_input_alone(backbone, tmp_path):
+    backbone.get_submodule(f"{BLOCK}.add").inputs = "second"
+    refuse(backbone, tmp_path, f"{BLOCK}.add", "both inputs")
+
+
+def test_a_norm_without_a_convolution(backbone, tmp_path):
+    backbone.conv_input._modules["2"] = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(8))
+    refuse(backbone, tmp_path, "conv_input.2.1")
+
+
 def test_a_layer_the_runtime_does_not_have(backbone, tmp_path):
     backbone.conv_input._modules["2"] = nn.GELU()
     refuse(backbone, tmp_path, "encoder_layer1.0.conv1 reads a tensor")
