@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,8 @@ def check_folder(args: argparse.Namespace) -> None:
         QuantizationError: it can't.
     """
     folder = output_folder(args)
+    existed = folder.exists()
     with all_or_none(folder):
         pass
-    with suppress(OSError):
-        folder.rmdir()  # made just now and still empty: a failing export leaves no trace
+    if not existed:  # a failing export leaves no trace
+        folder.rmdir()
