@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,60 +11,37 @@ from typing import Any
 import torch
 from mmcv.parallel import MMDataParallel
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from bevfusion.checkpoint import load_checkpoint
-from bevfusion.data import (
-    build_dataset,
-    calibration_dataset,
-    calibration_frames,
-    calibration_loader,
-    frames_of,
-    to_device,
-)
-from bevfusion.errors import InputError
+from bevfusion.data import calibration_loader, to_device
 from bevfusion.models import build_model
-from lean.calibrate import reset_statistics
-from lean.files import atomic_write
+from lean.calibrate import calibrate_weights, check_calibrated, model_device, reset_statistics
+from lean.distributed import rank
+from lean.files import atomic_write, check_writable
 from lean.matching import matches
 from lean.quantize import calibrate_model, set_quantizer_fast
+from lean.ranges import set_amax
 from lean.recipe import Recipe
+from lean.statistics import Statistics
 from lean.status import layer_status
 from lean.switches import disable_layers, named_quantizers, quantizer_flags
 from qat import common
+from qat.collection import collect, partial_file
+from qat.frames import Frames
 
 RECORDED = ("torch", "numpy", "pytorch-quantization", "mmcv-full", "mmdet3d", "spconv", "spconv-cu126")
 
 
-@dataclass(frozen=True)
-class Frames:
-    """The frames that calibration runs over.
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse, before the long part of the run, files that can't be written at its end.
 
-    Attributes:
-        asked: how many were asked for.
-        indices: into `frames_of(dataset)`, in the order of the run.
-        tokens: sample tokens, in the same order.
-        available, samples, validation: distinct training frames, training samples (a wrapper may repeat frames),
-            and validation frames, None where the config's validation info file is missing.
+    Raises:
+        QuantizationError: see `lean.files.check_writable`.
     """
-
-    dataset: Dataset
-    seed: int
-    asked: int
-    indices: tuple[int, ...]
-    tokens: tuple[str, ...]
-    available: int
-    samples: int
-    validation: int | None
-
-    def describe(self) -> str:
-        """Numbers of training and validation samples, and of the frames chosen."""
-        validation = "no info file" if self.validation is None else str(self.validation)
-        lines = [f"training frames: {self.available} (samples: {self.samples}), validation frames: {validation}"]
-        if len(self.indices) < self.asked:
-            lines.append(f"calibrating on all {len(self.indices)} frames there are; {self.asked} were asked for")
-        return "\n".join(lines)
+    check_writable(args.save, "--save")
+    if args.stats:
+        check_writable(args.stats, "--stats")
 
 
 def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> nn.Module:
@@ -81,34 +57,6 @@ def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> nn.Mod
     return model
 
 
-def choose_frames(cfg: Mapping[str, Any], pipeline: str, count: int, seed: int) -> Frames:
-    """Open the training data and choose `count` frames, spread over all scenes, by the seed alone.
-
-    Raises:
-        InputError: the data can't be used.
-    """
-    dataset = calibration_dataset(cfg, pipeline)
-    infos = frames_of(dataset).data_infos
-    indices = tuple(calibration_frames(dataset, count, seed))
-    if not indices:
-        raise InputError(f"{cfg['data']['train'].get('ann_file', 'the training info file')} holds no frames")
-    return Frames(
-        dataset=dataset,
-        seed=seed,
-        asked=count,
-        indices=indices,
-        tokens=tuple(infos[index].token for index in indices),
-        available=len(infos),
-        samples=len(dataset),
-        validation=_count_validation(cfg),
-    )
-
-
-def _count_validation(cfg: Mapping[str, Any]) -> int | None:
-    config = cfg["data"]["val"]
-    return len(frames_of(build_dataset(config))) if Path(config["ann_file"]).exists() else None
-
-
 def check_disable(model: nn.Module, patterns: Sequence[str]) -> None:
     """Refuse, before the long part of the run, patterns that fit nothing or split a group with one scale.
 
@@ -119,20 +67,55 @@ def check_disable(model: nn.Module, patterns: Sequence[str]) -> None:
         disable_layers(model, patterns, "--disable")
 
 
-def calibrate(model: nn.Module, frames: Frames, args: argparse.Namespace, workers: int) -> None:
-    """Run the frames through `model` and set every amax; shows a progress bar.
+def made_of(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, frames: Frames | None) -> dict[str, Any]:
+    """What statistics depend on: if one of it differs they are of no use; no frames: what choosing amax depends on."""
+    with Path(args.ckpt).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    found = {"model": dict(cfg["model"]), "checkpoint": digest, "recipe": recipe.to_dict()}
+    if frames is not None:
+        found |= {"pipeline": args.calib_pipeline, "seed": frames.seed, "frames": list(frames.tokens)}
+        found |= {"config": {key: value for key, value in cfg.items() if key != "model"}}
+    return found
+
+
+def calibrate(
+    model: nn.Module,
+    frames: Frames | None,
+    made: Mapping[str, Any],
+    args: argparse.Namespace,
+    workers: int,
+) -> Statistics | None:
+    """Collect statistics, or read them from `--from-stats`, and set every amax; None with the stock calibrator.
+
+    Of several processes only the first sets amax.
 
     Raises:
         InputError: a frame can't be read.
-        QuantizationError: NaN in the data, or a quantizer is left without a finite, positive amax.
+        QuantizationError: NaN in the data, a quantizer is left without a finite, positive amax, or a file of
+            statistics is of no use here.
     """
-    device = next(model.parameters()).device
+    if args.calibrator == "stock":
+        _calibrate_stock(model, frames, args, workers)
+        return None
+    if args.from_stats:
+        statistics = Statistics.load(args.from_stats)
+        statistics.refuse_other(made, f"--from-stats {args.from_stats}")
+    else:
+        options = {"resume": args.resume, "save_every": args.save_every, "workers": workers}
+        statistics = collect(model, frames, made, partial_file(args.save), **options)
+    if rank() == 0:
+        if args.stats:
+            statistics.save(args.stats)
+        calibrate_weights(model, args.weight_method)
+        set_amax(model, statistics.histograms, args.method, percentile=args.percentile)
+        check_calibrated(model)
+    return statistics
+
+
+def _calibrate_stock(model: nn.Module, frames: Frames, args: argparse.Namespace, workers: int) -> None:
+    device = model_device(model)
     loader = calibration_loader(frames.dataset, frames.indices, batch_size=1, workers=workers, seed=frames.seed)
     set_quantizer_fast(model)
-
-    def progress(batches, total):
-        return tqdm(batches, "calibrate", total, unit="frame", smoothing=0.1)
-
     calibrate_model(
         model,
         loader,
@@ -140,10 +123,9 @@ def calibrate(model: nn.Module, frames: Frames, args: argparse.Namespace, worker
         lambda net, batch: net(**to_device(batch, device)),
         len(frames.indices),
         method=args.method,
-        calibrator=args.calibrator,
+        calibrator="stock",
         weight_method=args.weight_method,
-        name_of=lambda number, batch: f"frame {frames.tokens[number - 1]}",
-        progress=progress,
+        progress=lambda batches, total: tqdm(batches, "calibrate", total, unit="frame", smoothing=0.1),
         percentile=args.percentile,
     )
 
@@ -154,21 +136,21 @@ def disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> None:
     disable_layers(model, patterns, "--disable")
 
 
-def provenance(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, frames: Frames) -> dict[str, Any]:
-    """What the quantised model was made of and how, in plain types."""
-    with Path(args.ckpt).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def provenance(
+    args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, made: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the quantised model was made of and how, in plain types; `made`: see `made_of`, with frames."""
     versions = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
     return {
         "config": dict(cfg),
-        "checkpoint": {"file": str(args.ckpt), "sha256": digest},
+        "checkpoint": {"file": str(args.ckpt), "sha256": made["checkpoint"]},
         "recipe": recipe.to_dict(),
         "disable": list(args.disable),
         "method": args.method,
         "percentile": args.percentile,
         "weight_method": args.weight_method,
         "calibrator": args.calibrator,
-        "calibration": {"pipeline": args.calib_pipeline, "seed": frames.seed, "tokens": list(frames.tokens)},
+        "calibration": {"pipeline": made["pipeline"], "seed": made["seed"], "tokens": list(made["frames"])},
         "versions": {"python": platform.python_version(), **{n: versions[n] for n in RECORDED if n in versions}},
     }
 
@@ -187,6 +169,7 @@ def save(model: nn.Module, path: Path, made_of: Mapping[str, Any]) -> None:
     wrapped = MMDataParallel(model, device_ids=[device.index or 0] if device.type == "cuda" else [])
     with atomic_write(path) as file:
         torch.save(wrapped, file)
+    partial_file(path).unlink(missing_ok=True)
 
 
 def branch_table(model: nn.Module, recipe: Recipe) -> str:

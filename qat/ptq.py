@@ -6,7 +6,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import math
+import os
 
 from qat import common
 
@@ -53,12 +55,38 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--calib-pipeline", choices=("train", "test"), default="train", help="test: frames without augmentation"
     )
+    parser.add_argument(
+        "--save-every",
+        metavar="N",
+        type=common.natural,
+        default=50,
+        help="frames between saves of unfinished statistics",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run with these options stopped"
+    )
+    parser.add_argument("--stats", metavar="FILE", type=Path, help="keep the statistics, for --from-stats")
+    parser.add_argument(
+        "--from-stats", metavar="FILE", type=Path, help="choose amax anew from kept statistics; needs no data set"
+    )
     parser.add_argument("--allow-partial", action="store_true", help="go on with a checkpoint that lacks weights")
     parser.add_argument(
         "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
     )
     common.add_run_arguments(parser)
-    return parser.parse_args()
+    return check(parser, parser.parse_args())
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse options that don't go together."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    alone = {"--stats": args.stats, "--resume": args.resume, "--from-stats": args.from_stats, "torchrun": several}
+    for name, given in alone.items():
+        if args.calibrator == "stock" and given:
+            parser.error(f"--calibrator stock can't be used with {name}: its histograms can't be saved or added up")
+        if args.from_stats and name != "--from-stats" and given:
+            parser.error(f"--from-stats runs no frames, so that {name} is of no use")
+    return args
 
 
 def main() -> None:
@@ -68,35 +96,42 @@ def main() -> None:
     steps = common.Steps()
     with steps.step("import"):
         from lean.bevfusion_recipe import default_recipe
-        from lean.files import check_writable
+        from lean.distributed import local_device, process_group, rank
         from lean.fold import fold_dense, fold_sparse
         from lean.insert import insert_quantizers
         from qat import calibration
+        from qat.frames import choose_frames
 
-    check_writable(args.save, "--save")
+    calibration.check_outputs(args)
     cfg = common.load_config(args)
-    device = common.choose_device(args.device)
+    device = local_device(common.choose_device(args.device))
     seed = cfg.get("seed", 0) if args.seed is None else args.seed
     common.make_repeatable(seed, cfg.get("deterministic", False))
 
-    with steps.step("load checkpoint"):
-        model = calibration.load_float_model(cfg, args)
-    with steps.step("find frames"):
-        frames = calibration.choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
-        print(frames.describe())
-    with steps.step("insert quantizers"):
-        recipe = default_recipe(model)
-        insert_quantizers(model, recipe)
-        calibration.check_disable(model, args.disable)
-    with steps.step("fold batch norm"):
-        fold_sparse(model)
-        fold_dense(model)
-        model.to(device)
-    with steps.step("calibrate"):
-        calibration.calibrate(model, frames, args, common.choose_workers(args.workers, device))
+    with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None), process_group(device):
+        with steps.step("load checkpoint"):
+            model = calibration.load_float_model(cfg, args)
+        with steps.step("find frames"):
+            frames = None if args.from_stats else choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
+            print(frames.describe() if frames else f"statistics: {args.from_stats}")
+        with steps.step("insert quantizers"):
+            recipe = default_recipe(model)
+            insert_quantizers(model, recipe)
+            calibration.check_disable(model, args.disable)
+        with steps.step("fold batch norm"):
+            fold_sparse(model)
+            fold_dense(model)
+            model.to(device)
+        with steps.step("calibrate"):
+            made = calibration.made_of(args, cfg, recipe, frames)
+            workers = common.choose_workers(args.workers, device)
+            statistics = calibration.calibrate(model, frames, made, args, workers)
+    if rank() > 0:
+        return
     with steps.step("disable and save"):
+        made = statistics.made_of if statistics else made
         calibration.disable(model, recipe, args.disable)
-        calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, frames))
+        calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, made))
 
     print(calibration.branch_table(model, recipe))
     print(steps.table())

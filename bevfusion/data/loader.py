@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import random
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import mmcv.parallel
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from bevfusion.data.nuscenes import NuScenesDataset
 from bevfusion.data.pipelines.paste import MissingDatabaseError
@@ -36,8 +38,27 @@ class _Guarded(Dataset):
             return error
 
 
+class _Container(mmcv.parallel.DataContainer):
+    """A DataContainer of a batch that torch's loader can move to page-locked memory."""
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """A DataContainer as one of this kind, anything else as it is."""
+        if not isinstance(value, mmcv.parallel.DataContainer):
+            return value
+        return cls(value.data, value.stack, value.padding_value, value.cpu_only, value.pad_dims)
+
+    def pin_memory(self) -> "_Container":
+        """The same with its tensors in memory that a GPU copies from while the host goes on."""
+        if self.cpu_only:
+            return self
+        return _Container(pin_memory(self.data), self.stack, self.padding_value, self.cpu_only, self.pad_dims)
+
+
 class FrameLoader:
     """Batches of a data set, collated by mmcv: a dict of DataContainers, as `MMDataParallel` takes it.
+
+    Where CUDA is in use the batches lie in page-locked memory.
 
     Args:
         dataset: data set whose pipeline ends with `Collect3D`.
@@ -53,7 +74,13 @@ class FrameLoader:
         self.dataset = dataset
         collate = partial(_collate, batch_size=batch_size)
         self.batches = DataLoader(
-            _Guarded(dataset), batch_size, sampler=sampler, num_workers=workers, collate_fn=collate
+            _Guarded(dataset),
+            batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_initialized(),
+            worker_init_fn=_start_worker,
         )
 
     def __len__(self) -> int:
@@ -66,10 +93,22 @@ class FrameLoader:
             yield batch
 
 
+def _start_worker(_: int) -> None:
+    """One thread for each process; Ctrl-C is for the main process, which may want the frame at hand."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(ImportError):
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(1)  # numpy's linear algebra; torch limits its own threads
+
+
 def _collate(samples: Sequence[Any], batch_size: int) -> Any:
     """The batch of `samples`, or the first error among them."""
     errors = [sample for sample in samples if isinstance(sample, InputError)]
-    return errors[0] if errors else mmcv.parallel.collate(samples, batch_size)
+    if errors:
+        return errors[0]
+    batch = mmcv.parallel.collate(samples, batch_size)
+    return {key: _Container.of(value) for key, value in batch.items()}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
