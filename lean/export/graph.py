@@ -93,6 +93,7 @@ def simplify(model: ModelProto) -> ModelProto:
     _drop_identities(model)
     _drop_unread(model)
     _part_pairs(model)
+    _transpose_quantised_weights(model)
     shapes = infer_shapes(model)
     for output in model.graph.output:
         elem_type, shape = shapes[output.name]
@@ -184,6 +185,26 @@ def _part_pairs(model: ModelProto) -> None:
             index = list(reader.input).index(node.output[0])
             reader.input[index] = pair[1].output[0]
     _replace_nodes(model, nodes)
+
+
+def _transpose_quantised_weights(model: ModelProto) -> None:
+    """Store the quantised weights of matrix products as they are multiplied: TensorRT wants nothing behind the pair."""
+    view = GraphView(model)
+    kept = []
+    for node in model.graph.node:
+        dequantize = view.source(node.input[0]) if node.op_type == "Transpose" else None
+        quantize = view.source(dequantize.input[0]) if dequantize and dequantize.op_type == "DequantizeLinear" else None
+        weight = view.array(quantize.input[0]) if quantize else None
+        if weight is None or weight.ndim != 2 or len(view.readers[dequantize.output[0]]) > 1:
+            kept.append(node)
+            continue
+        view.initialisers[quantize.input[0]].CopyFrom(numpy_helper.from_array(weight.T.copy(), quantize.input[0]))
+        for half in (quantize, dequantize):
+            axis = next((a for a in half.attribute if a.name == "axis"), None)
+            if axis is not None:
+                axis.i = 1 - axis.i
+        dequantize.output[0] = node.output[0]
+    _replace_nodes(model, kept)
 
 
 def _drop_unread(model: ModelProto) -> None:

@@ -1,9 +1,10 @@
 """Which convolutions and matrix products of a written graph would not run in INT8, and why.
 
 The rules are those of TensorRT's explicit quantisation: a layer runs in INT8 where Q/DQ pairs stand on its input, with
-one scale, and on its weight, with one scale per channel.
+one scale, and on its weight, with one scale per channel. `python -m lean.export.lint FILE ...` prints its findings.
 """
 
+import sys
 from dataclasses import dataclass
 
 import onnx
@@ -60,7 +61,8 @@ def _why_float(node: NodeProto, view: GraphView) -> str | None:
         return f"its input {node.input[0]} is not quantised"
     if weight is None or weight.op_type != "DequantizeLinear":
         return f"its {'weight' if constant else 'second input'} {node.input[1]} is not quantised"
-    return _why_unfit(data, view, None) or _why_unfit(weight, view, WEIGHT_AXIS[node.op_type])
+    axis = 0 if attribute(node, "transB", 0) else WEIGHT_AXIS[node.op_type]
+    return _why_unfit(data, view, None) or _why_unfit(weight, view, axis)
 
 
 def _why_unfit(dequantize: NodeProto, view: GraphView, axis: int | None) -> str | None:
@@ -95,6 +97,11 @@ def _why_mixed(node: NodeProto, view: GraphView) -> str | None:
     return None if len({scale.tobytes() for scale in scales}) == 1 else "its inputs have different scales"
 
 
-def lint_file(path: str) -> list[Finding]:
-    """Judge the graph in an ONNX file."""
-    return lint(onnx.load(path))
+def main() -> None:
+    """Print what the layers of the files named on the command line run in."""
+    for file in sys.argv[1:]:
+        print(*summary(file, lint(onnx.load(file))), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
