@@ -23,6 +23,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world() -> int:
+    """Number of processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_device(device: torch.device) -> torch.device:
     """This process's own GPU where `device` is CUDA without a number and several processes run, else `device`."""
     if device.type != "cuda" or world() == 1 or device.index is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
+from lean.amax import METHODS
 from lean.errors import QuantizationError
 
 
@@ -130,10 +131,22 @@ class BranchRecipe(Data):
 
 
 @dataclass(frozen=True)
+class MethodRule(Data):
+    """Choose amax by `method` in the input quantizers whose names fit the glob `pattern`; the last fitting counts."""
+
+    pattern: str
+    method: str
+
+    def __post_init__(self):
+        _one_of(self.method, METHODS, f"method of {self.pattern!r}")
+
+
+@dataclass(frozen=True)
 class Recipe(Data):
     """Everything that decides which layer runs in INT8 and with what.
 
     Attributes:
+        methods: how amax is chosen where it isn't `mse`.
         disable: globs of layers, relative to the model, that are calibrated and then left in floating point.
         transposed_axis: axis of a transposed convolution's weight that has one scale each: 0 (input channels, as
             pytorch-quantization does) or 1 (output channels).
@@ -141,6 +154,7 @@ class Recipe(Data):
 
     branches: tuple[BranchRecipe, ...]
     disable: tuple[str, ...] = ()
+    methods: tuple[MethodRule, ...] = ()
     activation: QuantizerSpec = field(default_factory=QuantizerSpec)
     weight: QuantizerSpec = field(default_factory=lambda: QuantizerSpec(calibrator="max"))
     transposed_axis: int = 0
@@ -151,3 +165,7 @@ class Recipe(Data):
         paths = [branch.path for branch in self.branches]
         if len(set(paths)) != len(paths):
             raise QuantizationError("recipe: two branches have the same path; merge their rules")
+
+    def method_table(self) -> dict[str, str]:
+        """Glob over quantizer names -> method; every name fits one."""
+        return {"*": METHODS[0]} | {rule.pattern: rule.method for rule in self.methods}

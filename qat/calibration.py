@@ -17,11 +17,11 @@ from bevfusion.checkpoint import load_checkpoint
 from bevfusion.data import calibration_loader, to_device
 from bevfusion.models import build_model
 from lean.calibrate import calibrate_weights, check_calibrated, model_device, reset_statistics
-from lean.distributed import rank
+from lean.distributed import local_world, rank
 from lean.files import atomic_write, check_writable
 from lean.matching import matches
 from lean.quantize import calibrate_model, set_quantizer_fast
-from lean.ranges import set_amax
+from lean.ranges import Method, set_amax
 from lean.recipe import Recipe
 from lean.statistics import Statistics
 from lean.status import layer_status
@@ -42,6 +42,12 @@ def check_outputs(args: argparse.Namespace) -> None:
     check_writable(args.save, "--save")
     if args.stats:
         check_writable(args.stats, "--stats")
+
+
+def choose_workers(args: argparse.Namespace, device: torch.device) -> int:
+    """Data loading processes of each process of the run: as asked, else an equal share of what the machine bears."""
+    workers = common.choose_workers(args.workers, device)
+    return workers if args.workers is not None else max(workers // local_world(), 1)
 
 
 def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> nn.Module:
@@ -71,17 +77,23 @@ def made_of(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, fr
     """What statistics depend on: if one of it differs they are of no use; no frames: what choosing amax depends on."""
     with Path(args.ckpt).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found = {"model": dict(cfg["model"]), "checkpoint": digest, "recipe": recipe.to_dict()}
+    found = {"model": dict(cfg["model"]), "checkpoint": digest, "recipe": _observed(recipe)}
     if frames is not None:
         found |= {"pipeline": args.calib_pipeline, "seed": frames.seed, "frames": list(frames.tokens)}
         found |= {"config": {key: value for key, value in cfg.items() if key != "model"}}
     return found
 
 
+def _observed(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe statistics depend on: all but how amax is chosen from them."""
+    return {key: value for key, value in recipe.to_dict().items() if key != "methods"}
+
+
 def calibrate(
     model: nn.Module,
     frames: Frames | None,
     made: Mapping[str, Any],
+    method: Method,
     args: argparse.Namespace,
     workers: int,
 ) -> Statistics | None:
@@ -95,7 +107,7 @@ def calibrate(
             statistics is of no use here.
     """
     if args.calibrator == "stock":
-        _calibrate_stock(model, frames, args, workers)
+        _calibrate_stock(model, frames, method, args, workers)
         return None
     if args.from_stats:
         statistics = Statistics.load(args.from_stats)
@@ -107,12 +119,12 @@ def calibrate(
         if args.stats:
             statistics.save(args.stats)
         calibrate_weights(model, args.weight_method)
-        set_amax(model, statistics.histograms, args.method, percentile=args.percentile)
+        set_amax(model, statistics.histograms, method, percentile=args.percentile)
         check_calibrated(model)
     return statistics
 
 
-def _calibrate_stock(model: nn.Module, frames: Frames, args: argparse.Namespace, workers: int) -> None:
+def _calibrate_stock(model: nn.Module, frames: Frames, method: Method, args: argparse.Namespace, workers: int) -> None:
     device = model_device(model)
     loader = calibration_loader(frames.dataset, frames.indices, batch_size=1, workers=workers, seed=frames.seed)
     set_quantizer_fast(model)
@@ -122,7 +134,7 @@ def _calibrate_stock(model: nn.Module, frames: Frames, args: argparse.Namespace,
         device,
         lambda net, batch: net(**to_device(batch, device)),
         len(frames.indices),
-        method=args.method,
+        method=method,
         calibrator="stock",
         weight_method=args.weight_method,
         progress=lambda batches, total: tqdm(batches, "calibrate", total, unit="frame", smoothing=0.1),
@@ -137,7 +149,7 @@ def disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> None:
 
 
 def provenance(
-    args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, made: Mapping[str, Any]
+    args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, method: Method, made: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the quantised model was made of and how, in plain types; `made`: see `made_of`, with frames."""
     versions = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
@@ -146,7 +158,7 @@ def provenance(
         "checkpoint": {"file": str(args.ckpt), "sha256": made["checkpoint"]},
         "recipe": recipe.to_dict(),
         "disable": list(args.disable),
-        "method": args.method,
+        "method": method,
         "percentile": args.percentile,
         "weight_method": args.weight_method,
         "calibrator": args.calibrator,

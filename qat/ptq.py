@@ -32,7 +32,9 @@ def parse_args() -> argparse.Namespace:
     common.add_model_arguments(parser)
     parser.add_argument("--calibrate_batch", metavar="N", type=common.positive, default=300, help="frames to run over")
     parser.add_argument("--save", metavar="FILE", type=Path, default=Path("qat/ckpt/bevfusion_ptq.pth"), help="result")
-    parser.add_argument("--method", choices=METHODS, default="mse", help="how amax is chosen from the statistics")
+    parser.add_argument(
+        "--method", choices=METHODS, help="how amax is chosen from the statistics (default: as the recipe says, mse)"
+    )
     parser.add_argument(
         "--percentile",
         metavar="P",
@@ -124,14 +126,15 @@ def main() -> None:
             model.to(device)
         with steps.step("calibrate"):
             made = calibration.made_of(args, cfg, recipe, frames)
-            workers = common.choose_workers(args.workers, device)
-            statistics = calibration.calibrate(model, frames, made, args, workers)
+            workers = calibration.choose_workers(args, device)
+            method = args.method or recipe.method_table()
+            statistics = calibration.calibrate(model, frames, made, method, args, workers)
     if rank() > 0:
         return
     with steps.step("disable and save"):
         made = statistics.made_of if statistics else made
         calibration.disable(model, recipe, args.disable)
-        calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, made))
+        calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, method, made))
 
     print(calibration.branch_table(model, recipe))
     print(steps.table())

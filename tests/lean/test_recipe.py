@@ -80,3 +80,12 @@ def test_neck_sharing_follows_the_stages_that_reach_the_neck():
 def test_rules_are_values():
     assert LayerRule("a") == LayerRule.from_dict({"pattern": "a"})
     assert len({ShareRule("a", ("b",)), ShareRule("a", ("b",))}) == 1
+
+
+def test_methods_are_data():
+    rules = [{"pattern": "encoders.camera.vtransform.*", "method": "entropy"}]
+    recipe = Recipe.from_dict(minimal(methods=rules))
+    assert recipe.method_table() == {"*": "mse", "encoders.camera.vtransform.*": "entropy"}
+    assert Recipe.from_dict(minimal()).method_table() == {"*": "mse"}
+    with pytest.raises(QuantizationError, match=r"method of 'decoder\.\*' must be one of 'mse', .* got 'kl'"):
+        Recipe.from_dict(minimal(methods=[{"pattern": "decoder.*", "method": "kl"}]))
