@@ -1,6 +1,9 @@
 """Batches, wrappers, and the frames of calibration."""
 
+import multiprocessing
+import os
 import random
+import signal
 from collections import Counter
 
 import mmdet3d.datasets.dataset_wrappers
@@ -78,6 +81,26 @@ def test_batches_have_what_the_model_takes(train):
     assert [len(meta["token"]) for meta in batch["metas"]] == [32, 32]
     assert batch["metas"][0]["box_type_3d"](torch.zeros(1, 9), box_dim=9).tensor.shape == (1, 9)
     assert len(batch["gt_bboxes_3d"]) == len(batch["gt_labels_3d"]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_lie_in_page_locked_memory_where_cuda_is_in_use(train, workers):
+    torch.zeros(1, device="cuda")
+    batch = next(iter(FrameLoader(train, 2, workers)))
+    assert batch["img"].data[0].is_pinned()
+    assert all(points.is_pinned() for points in batch["points"].data[0])
+    assert to_device(batch, "cuda")["img"].is_cuda
+
+
+def test_workers_leave_interruptions_to_the_main_process(train):
+    batches = iter(FrameLoader(train, 1, 1))
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGINT)
+    for _ in range(3):
+        next(batches)
+    assert worker.is_alive()
 
 
 def test_last_batch_may_be_smaller(tiny, golden):
