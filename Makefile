@@ -1,8 +1,9 @@
 # make setup   build .venv; takes seconds when nothing has changed; REPAIR="spconv mmcv" installs these stages again
 # make lint    check style and formatting
 # make test    run the tests; PYTEST_ARGS="-k config" selects some
+# make demo    quantise, score and draw on a small synthetic world; DEMO_ARGS="--limit 20"
 # make bench   time calibration and fake quantisation against pytorch-quantization; BENCH_ARGS="--only model"
-.PHONY: setup lint test bench
+.PHONY: setup lint test demo bench
 
 BIN := .venv/bin
 
@@ -15,6 +16,9 @@ lint: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup
+	@$(BIN)/python qat/demo.py $(DEMO_ARGS)
 
 bench: setup
 	$(BIN)/python -W ignore bench/bench.py $(BENCH_ARGS)
