@@ -11,7 +11,8 @@ from onnx.reference import ReferenceEvaluator
 # What sizes and constants are computed with; layers on constant inputs (the embedding of positions) stay layers.
 FOLDED = {
     *("Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul", "Range"),
-    *("Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
+    *("Reshape", "ScatterND", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where", "Mod", "Not", "Or", "And"),
+    *("Ceil", "Floor", "Neg", "Min", "Max", "Less", "Greater"),
 }
 LARGE = 1024  # values of a constant that is surely no size
 
@@ -73,7 +74,7 @@ def infer_shapes(model: ModelProto) -> dict[str, tuple[int, list[int | None]]]:
             copy.domain, copy.op_type = "", "Identity"
             del copy.input[1:], copy.attribute[:]
     inferred = onnx.shape_inference.infer_shapes(known, data_prop=True)
-    found = {}
+    found = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in model.graph.initializer}
     for info in value_infos(inferred):
         tensor = info.type.tensor_type
         shape = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]

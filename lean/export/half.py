@@ -169,7 +169,11 @@ class _Caster:
                 attr.i = wanted
         self.nodes.append(node)
         for index, name in enumerate(node.output):
-            if self.types.get(name, FLOAT) != FLOAT:
+            if name not in self.types:
+                raise QuantizationError(
+                    f"the type of {name} can't be inferred, so not written as FP16; use weak typing"
+                )
+            if self.types[name] != FLOAT:
                 continue
             self.now[name] = wanted
             if name in outputs and wanted == FLOAT:
