@@ -11,6 +11,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from pytorch_quantization.nn import TensorQuantizer
 
+from bevfusion.config import load_config
+from bevfusion.models import build_model
 from lean.errors import QuantizationError
 from lean.export.dense import DenseOptions, export_camera, export_transfuser, exportable_quantizers
 from lean.export.graph import GraphView
@@ -18,9 +20,12 @@ from lean.export.head import BBoxHead
 from lean.export.lint import lint, summary
 from lean.export.parts import CameraBackbone, camera_inputs, pooled_map, sensor_maps
 from lean.switches import disable_quantization, named_quantizers, quantizer_flags
-from tests.lean.export.samples import distance, reduced_batch, reduced_model, reduced_ptq, run
+from tests.conftest import ROOT
+from tests.lean.export.samples import distance, prepare, reduced_batch, reduced_model, reduced_ptq, run
+from tests.qat.ptq_samples import REDUCED
 
 FORMS = [DenseOptions(typing, fp16) for typing in ("weak", "strong") for fp16 in (False, True)]
+SWIN = "configs/nuscenes/det/transfusion/secfpn/camera+lidar/swint_v0p075/convfuser.yaml"
 FILES = ("camera.backbone", "camera.vtransform", "fuser", "head.bbox")
 
 
@@ -349,3 +354,28 @@ def test_a_head_without_velocities_has_no_such_output():
     heads = model.heads["object"].prediction_heads[-1]
     heads.names = tuple(name for name in heads.names if name != "vel")
     assert BBoxHead(model).output_names == ["score", "rot", "dim", "reg", "height"]
+
+
+@pytest.mark.slow
+def test_a_camera_with_a_swin_transformer(tmp_path):
+    config = load_config(
+        ROOT / SWIN, [key for key in REDUCED if ".camera.backbone." not in key and ".neck." not in key]
+    )
+    torch.manual_seed(0)
+    model = prepare(build_model(config.model).eval())
+    for quantizer in named_quantizers(model).values():
+        if quantizer.axis is None:
+            quantizer.set_amax(torch.tensor(4.0))
+    (backbone, _) = export_camera(model, tmp_path, DenseOptions("strong"))
+    layers = [finding for finding in backbone.findings if finding.kind != "Concat"]
+    products = [finding for finding in layers if finding.why_float]
+    assert (len(layers), len(products)) == (86, 24)
+    assert all("w_msa/MatMul" in finding.node for finding in products)  # attention between activations
+    (backbone, _) = export_camera(model, tmp_path, DenseOptions("weak", fp16=True))
+    operators = {node.op_type for node in onnx.load(backbone.path).graph.node}
+    assert not operators & {"Shape", "Where", "ScatterND", "Cast", "Unsqueeze"}
+    inputs = camera_inputs(model, 6)
+    with torch.no_grad(), disable_quantization(model):
+        wanted = CameraBackbone(model)(**inputs)
+    for value, expected_value in zip(run(backbone.path, **inputs).values(), wanted, strict=True):
+        assert distance(value, expected_value) < 1e-5
