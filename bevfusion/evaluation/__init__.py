@@ -1,4 +1,4 @@
-"""Score detections with nuScenes' own metrics, or compare those of two models without ground truth (`measure_drift`)."""
+"""Score detections with nuScenes' own metrics, or compare two models' without ground truth (`measure_drift`)."""
 
 from bevfusion.evaluation.drift import Boxes, Drift, measure_drift
 from bevfusion.evaluation.metrics import DetectionScores, score_submission
