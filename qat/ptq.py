@@ -101,7 +101,7 @@ def main() -> None:
         from lean.distributed import local_device, process_group, rank
         from lean.fold import fold_dense, fold_sparse
         from lean.insert import insert_quantizers
-        from qat import calibration
+        from qat import calibration, saving
         from qat.frames import choose_frames
 
     calibration.check_outputs(args)
@@ -110,35 +110,38 @@ def main() -> None:
     seed = cfg.get("seed", 0) if args.seed is None else args.seed
     common.make_repeatable(seed, cfg.get("deterministic", False))
 
-    with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None), process_group(device):
-        with steps.step("load checkpoint"):
-            model = calibration.load_float_model(cfg, args)
-        with steps.step("find frames"):
-            frames = None if args.from_stats else choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
-            print(frames.describe() if frames else f"statistics: {args.from_stats}")
-        with steps.step("insert quantizers"):
-            recipe = default_recipe(model)
-            insert_quantizers(model, recipe)
-            calibration.check_disable(model, args.disable)
-        with steps.step("fold batch norm"):
-            fold_sparse(model)
-            fold_dense(model)
-            model.to(device)
-        with steps.step("calibrate"):
-            made = calibration.made_of(args, cfg, recipe, frames)
-            workers = calibration.choose_workers(args, device)
-            method = args.method or recipe.method_table()
-            statistics = calibration.calibrate(model, frames, made, method, args, workers)
-    if rank() > 0:
-        return
-    with steps.step("disable and save"):
-        made = statistics.made_of if statistics else made
-        calibration.disable(model, recipe, args.disable)
-        calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, method, made))
+    with saving.claim(args.save):
+        with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None), process_group(device):
+            with steps.step("load checkpoint"):
+                model = calibration.load_float_model(cfg, args)
+            with steps.step("find frames"):
+                frames = (
+                    None if args.from_stats else choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
+                )
+                print(frames.describe() if frames else f"statistics: {args.from_stats}")
+            with steps.step("insert quantizers"):
+                recipe = default_recipe(model)
+                insert_quantizers(model, recipe)
+                calibration.check_disable(model, args.disable)
+            with steps.step("fold batch norm"):
+                fold_sparse(model)
+                fold_dense(model)
+                model.to(device)
+            with steps.step("calibrate"):
+                made = calibration.made_of(args, cfg, recipe, frames)
+                workers = calibration.choose_workers(args, device)
+                method = args.method or recipe.method_table()
+                statistics = calibration.calibrate(model, frames, made, method, args, workers)
+        if rank() > 0:
+            return
+        with steps.step("disable and save"):
+            made = statistics.made_of if statistics else made
+            calibration.disable(model, recipe, args.disable)
+            calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, method, made))
 
-    print(calibration.branch_table(model, recipe))
-    print(steps.table())
-    print(f"wrote {args.save} ({args.save.stat().st_size / 2**20:.1f} MiB)")
+        print(calibration.branch_table(model, recipe))
+        print(steps.table())
+        print(f"wrote {args.save} ({args.save.stat().st_size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":
