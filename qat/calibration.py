@@ -42,6 +42,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     check_writable(args.save, "--save")
     if args.stats:
         check_writable(args.stats, "--stats")
+    if args.save_recipe:
+        check_writable(args.save_recipe, "--save-recipe")
 
 
 def choose_workers(args: argparse.Namespace, device: torch.device) -> int:
@@ -63,14 +65,14 @@ def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> nn.Mod
     return model
 
 
-def check_disable(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Refuse, before the long part of the run, patterns that fit nothing or split a group with one scale.
+def check_disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> None:
+    """Refuse, before the long part of the run, what `disable` would refuse after it.
 
     Raises:
         QuantizationError: see `lean.switches.disable_layers`.
     """
     with quantizer_flags(named_quantizers(model).values(), _disabled=False):
-        disable_layers(model, patterns, "--disable")
+        disable(model, recipe, patterns)
 
 
 def made_of(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, frames: Frames | None) -> dict[str, Any]:
@@ -85,8 +87,8 @@ def made_of(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, fr
 
 
 def _observed(recipe: Recipe) -> dict[str, Any]:
-    """What of the recipe statistics depend on: all but how amax is chosen from them."""
-    return {key: value for key, value in recipe.to_dict().items() if key != "methods"}
+    """What of the recipe statistics depend on: all but how amax is chosen from them, and what is disabled then."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in ("methods", "disable")}
 
 
 def calibrate(

@@ -51,6 +51,8 @@ def parse_args() -> argparse.Namespace:
         default="lean",
         help="stock: pytorch-quantization's own, to compare with",
     )
+    parser.add_argument("--recipe", metavar="FILE", type=Path, help="YAML recipe: what is quantised, and how")
+    parser.add_argument("--save-recipe", metavar="FILE", type=Path, help="write this run's recipe, for --recipe")
     parser.add_argument(
         "--disable", metavar="PATTERN", nargs="+", action="extend", default=[], help="layers to leave in float as well"
     )
@@ -97,12 +99,11 @@ def main() -> None:
     common.set_up_logging(args)
     steps = common.Steps()
     with steps.step("import"):
-        from lean.bevfusion_recipe import default_recipe
         from lean.distributed import local_device, process_group, rank
         from lean.fold import fold_dense, fold_sparse
-        from lean.insert import insert_quantizers
         from qat import calibration, saving
         from qat.frames import choose_frames
+        from qat.recipes import insert_by_recipe
 
     calibration.check_outputs(args)
     cfg = common.load_config(args)
@@ -120,9 +121,7 @@ def main() -> None:
                 )
                 print(frames.describe() if frames else f"statistics: {args.from_stats}")
             with steps.step("insert quantizers"):
-                recipe = default_recipe(model)
-                insert_quantizers(model, recipe)
-                calibration.check_disable(model, args.disable)
+                recipe = insert_by_recipe(model, args)
             with steps.step("fold batch norm"):
                 fold_sparse(model)
                 fold_dense(model)

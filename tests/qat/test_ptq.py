@@ -61,6 +61,19 @@ def test_a_run_says_what_it_did_and_saves_a_calibrated_model(root, tmp_path):
     assert model.ptq["method"] == {"*": "mse"}
 
 
+def test_a_run_can_be_repeated_from_its_recipe(root, tmp_path):
+    first = ptq(root, tmp_path / "a.pth", "--disable", "fuser.0", "--save-recipe", tmp_path / "a.yaml")
+    assert first.status == 0, first.err
+    second = ptq(root, tmp_path / "b.pth", "--recipe", tmp_path / "a.yaml")
+    assert second.status == 0, second.err
+    a, b = (quantized_layers(load(tmp_path / name)) for name in ("a.pth", "b.pth"))
+    assert [n for n, layer in a.items() if layer.is_disabled] == [n for n, layer in b.items() if layer.is_disabled]
+    (tmp_path / "a.yaml").write_text("disable: [encoders.camera.backbone.layer1.0.conv1]")
+    refused = ptq(root, tmp_path / "c.pth", "--recipe", tmp_path / "a.yaml")
+    expect_refusal(refused, "layer1.0.conv1", "shares its input scale", "downsample.0")
+    assert not (tmp_path / "c.pth").exists()
+
+
 def test_frames_and_amax_depend_on_the_seed_and_not_on_the_workers(root, tmp_path):
     runs = {
         name: ptq(root, tmp_path / f"{name}.pth", "--workers", workers, "--seed", seed, frames=3)
