@@ -77,13 +77,17 @@ def check_disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> 
 
 def made_of(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, frames: Frames | None) -> dict[str, Any]:
     """What statistics depend on: if one of it differs they are of no use; no frames: what choosing amax depends on."""
-    with Path(args.ckpt).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found = {"model": dict(cfg["model"]), "checkpoint": digest, "recipe": _observed(recipe)}
+    found = {"model": dict(cfg["model"]), "checkpoint": digest(args.ckpt), "recipe": _observed(recipe)}
     if frames is not None:
         found |= {"pipeline": args.calib_pipeline, "seed": frames.seed, "frames": list(frames.tokens)}
         found |= {"config": {key: value for key, value in cfg.items() if key != "model"}}
     return found
+
+
+def digest(file: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _observed(recipe: Recipe) -> dict[str, Any]:
