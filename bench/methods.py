@@ -112,7 +112,7 @@ def main() -> None:
     initialize()
     cfg, device = common.load_config(args), common.choose_device(args.device)
     common.make_repeatable(0)
-    model = calibration.load_float_model(cfg, args)
+    model, _ = calibration.load_float_model(cfg, args)
     recipe = default_recipe(model)
     insert_quantizers(model, recipe)
     fold_sparse(model)

@@ -1,10 +1,12 @@
 """Load float checkpoints of BEVFusion, whichever layout and wrapping they come in."""
 
+import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from spconv.pytorch.conv import SparseConvolution
@@ -17,11 +19,16 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint did not bring (random weights stay there), brought in vain, or brought in another shape."""
+    """What a checkpoint did not bring (random weights stay there), brought in vain, or brought in another shape.
+
+    Attributes:
+        sha256: checksum of the file that was loaded, in hexadecimal digits.
+    """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     misshaped: tuple[str, ...] = ()
+    sha256: str = ""
 
     @property
     def complete(self) -> bool:
@@ -46,13 +53,23 @@ def read_file(path: str | Path, trust_pickle: bool = False) -> object:
         trust_pickle: also unpickle classes; the file can then run any code.
 
     Raises:
-        InputError: no such file, not a checkpoint, truncated, or in need of unpickling without `trust_pickle`.
+        InputError: no such file, not a checkpoint, truncated, damaged, or in need of unpickling without `trust_pickle`.
     """
     path = Path(path)
+    with _open(path) as file:
+        return _read(file, path, trust_pickle)
+
+
+def _open(path: Path) -> BinaryIO:
     if not path.is_file():
         raise InputError(f"checkpoint not found: {path}")
+    return path.open("rb")
+
+
+def _read(file: BinaryIO, path: Path, trust_pickle: bool) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+        _check_sums(file, path)
+        return torch.load(file, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} is not a checkpoint, or is truncated: copy it again") from error
@@ -61,9 +78,21 @@ def read_file(path: str | Path, trust_pickle: bool = False) -> object:
             f"{path} holds pickled objects ({', '.join(wanted[:SHOWN]) or 'unknown'}); "
             "if you trust where it comes from, pass --trust-pickle"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is no checkpoint, or a truncated one ({reason}): copy it again") from error
+
+
+def _check_sums(file: BinaryIO, path: Path) -> None:
+    """Compare a zip file's parts with their checksums, which torch leaves out; its older format has none."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise InputError(f"{path} is damaged, {bad} in it does not fit its checksum: copy it again")
+    file.seek(0)
 
 
 def extract_state_dict(content: object, source: str) -> dict[str, Tensor]:
@@ -127,14 +156,16 @@ def load_checkpoint(
         InputError: the file can't be read, or doesn't fit the model; the model is then as it was.
     """
     source = str(path)
-    state = extract_state_dict(read_file(path, trust_pickle), source)
+    with _open(Path(path)) as file:  # once for both, so that the sum is that of what is loaded
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        state = extract_state_dict(_read(file, Path(path), trust_pickle), source)
     state = to_spconv2_layout(state, model, source)
     expected = model.state_dict()
     # Old checkpoints lack these counters, which only matter for a BatchNorm without momentum.
     missing = tuple(k for k in expected if k not in state and not k.endswith("num_batches_tracked"))
     unexpected = tuple(k for k in state if k not in expected)
     misshaped = tuple(k for k in expected if k in state and state[k].shape != expected[k].shape)
-    report = LoadReport(missing, unexpected, misshaped)
+    report = LoadReport(missing, unexpected, misshaped, sha256)
     if not report.complete and not allow_partial:
         raise InputError(f"{source} does not fit the model of the config: {report}")
     usable = {k: v for k, v in state.items() if k in expected and k not in misshaped}

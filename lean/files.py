@@ -41,17 +41,28 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise QuantizationError(f"{path}: can't write there ({error.strerror}); choose another folder") from None
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = REASONS.get(error.errno, error.strerror)
-        raise QuantizationError(f"{path} was not written: {reason}; what was there before is untouched") from error
+        with explained(path):
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failure to write in a `with` block into a QuantizationError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        if not isinstance(cause, OSError):
+            raise
+        reason = REASONS.get(cause.errno, cause.strerror)
+        raise QuantizationError(f"{path} was not written: {reason}; what was there before is untouched") from error
 
 
 def _umask() -> int:

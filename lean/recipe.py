@@ -4,6 +4,7 @@ import dataclasses
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from lean.amax import METHODS
@@ -42,6 +43,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise QuantizationError(f"{where}: expected a list, got {type(value).__name__}")
         return tuple(_convert(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if get_origin(hint) is UnionType:  # `X | None`
+        return None if value is None else _convert(get_args(hint)[0], value, where)
     if isinstance(hint, type) and issubclass(hint, Data):
         return hint.from_dict(value, where)
     if type(value) is not hint:

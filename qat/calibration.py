@@ -5,20 +5,19 @@ import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-from mmcv.parallel import MMDataParallel
 from torch import nn
 from tqdm import tqdm
 
 from bevfusion.checkpoint import load_checkpoint
 from bevfusion.data import calibration_loader, to_device
 from bevfusion.models import build_model
-from lean.calibrate import calibrate_weights, check_calibrated, model_device, reset_statistics
+from lean.calibrate import calibrate_weights, check_calibrated, model_device
+from lean.checked_file import need_safetensors
 from lean.distributed import local_world, rank
-from lean.files import atomic_write, check_writable
+from lean.files import check_writable
 from lean.matching import matches
 from lean.quantize import calibrate_model, set_quantizer_fast
 from lean.ranges import Method, set_amax
@@ -29,6 +28,7 @@ from lean.switches import disable_layers, named_quantizers, quantizer_flags
 from qat import common
 from qat.collection import collect, partial_file
 from qat.frames import Frames
+from qat.saving import outputs
 
 RECORDED = ("torch", "numpy", "pytorch-quantization", "mmcv-full", "mmdet3d", "spconv", "spconv-cu126")
 
@@ -37,9 +37,11 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuse, before the long part of the run, files that can't be written at its end.
 
     Raises:
-        QuantizationError: see `lean.files.check_writable`.
+        QuantizationError: see `lean.files.check_writable`; or the package that writes one of them is missing.
     """
-    check_writable(args.save, "--save")
+    for path in outputs(args.save):
+        check_writable(path, "--save")
+    need_safetensors()
     if args.stats:
         check_writable(args.stats, "--stats")
     if args.save_recipe:
@@ -52,8 +54,10 @@ def choose_workers(args: argparse.Namespace, device: torch.device) -> int:
     return workers if args.workers is not None else max(workers // local_world(), 1)
 
 
-def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> nn.Module:
+def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> tuple[nn.Module, str]:
     """Build the float model of the config and load its checkpoint, in evaluation mode on the CPU.
+
+    Returns the model, and the checkpoint's SHA-256.
 
     Raises:
         InputError: the config or the checkpoint can't be used.
@@ -62,7 +66,7 @@ def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> nn.Mod
     report = load_checkpoint(model, args.ckpt, allow_partial=args.allow_partial, trust_pickle=args.trust_pickle)
     if not report.complete:
         print(f"{args.ckpt} fits the model in part only; what it lacks stayed random: {report}")
-    return model
+    return model, report.sha256
 
 
 def check_disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> None:
@@ -75,19 +79,18 @@ def check_disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> 
         disable(model, recipe, patterns)
 
 
-def made_of(args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, frames: Frames | None) -> dict[str, Any]:
-    """What statistics depend on: if one of it differs they are of no use; no frames: what choosing amax depends on."""
-    found = {"model": dict(cfg["model"]), "checkpoint": digest(args.ckpt), "recipe": _observed(recipe)}
+def made_of(
+    args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, frames: Frames | None, checkpoint: str
+) -> dict[str, Any]:
+    """What statistics depend on: if one of it differs they are of no use; no frames: what choosing amax depends on.
+
+    checkpoint: its SHA-256.
+    """
+    found = {"model": dict(cfg["model"]), "checkpoint": checkpoint, "recipe": _observed(recipe)}
     if frames is not None:
         found |= {"pipeline": args.calib_pipeline, "seed": frames.seed, "frames": list(frames.tokens)}
         found |= {"config": {key: value for key, value in cfg.items() if key != "model"}}
     return found
-
-
-def digest(file: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(file).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _observed(recipe: Recipe) -> dict[str, Any]:
@@ -159,6 +162,7 @@ def provenance(
 ) -> dict[str, Any]:
     """What the quantised model was made of and how, in plain types; `made`: see `made_of`, with frames."""
     versions = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    tokens = list(made["frames"])
     return {
         "config": dict(cfg),
         "checkpoint": {"file": str(args.ckpt), "sha256": made["checkpoint"]},
@@ -168,26 +172,14 @@ def provenance(
         "percentile": args.percentile,
         "weight_method": args.weight_method,
         "calibrator": args.calibrator,
-        "calibration": {"pipeline": made["pipeline"], "seed": made["seed"], "tokens": list(made["frames"])},
+        "calibration": {
+            "pipeline": made["pipeline"],
+            "seed": made["seed"],
+            "tokens": tokens,
+            "sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
+        },
         "versions": {"python": platform.python_version(), **{n: versions[n] for n in RECORDED if n in versions}},
     }
-
-
-def save(model: nn.Module, path: Path, made_of: Mapping[str, Any]) -> None:
-    """Write the whole quantised model, wrapped in `MMDataParallel` as exporters expect it, or nothing at all.
-
-    `torch.load(path, weights_only=False).module` gives the model back, with `made_of` as its attribute `ptq`.
-
-    Raises:
-        QuantizationError: the file can't be written; an older one is as it was.
-    """
-    model.ptq = dict(made_of)
-    reset_statistics(model)
-    device = next(model.parameters()).device
-    wrapped = MMDataParallel(model, device_ids=[device.index or 0] if device.type == "cuda" else [])
-    with atomic_write(path) as file:
-        torch.save(wrapped, file)
-    partial_file(path).unlink(missing_ok=True)
 
 
 def branch_table(model: nn.Module, recipe: Recipe) -> str:

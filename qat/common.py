@@ -41,6 +41,10 @@ class UsageError(ValueError):
     """An option that can't be used here: says which, why, and what to do, in one line."""
 
 
+class VerificationError(Exception):
+    """A result that is not what it should be, through no fault of the input: says what differs, in one line."""
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds to the help of an option its default, if it has one that tells something."""
 
@@ -205,7 +209,8 @@ def _log_file(path: Path) -> logging.Handler:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call a script's `main` and exit with what it returns (None: 0).
 
-    Bad input, becomes one line on stderr and status 2; an interruption 130. A bug keeps its traceback.
+    Bad input becomes one line on stderr and status 2, a result that fails its verification status 3, an interruption
+    130. A bug keeps its traceback.
     """
     try:
         status = main()
@@ -217,6 +222,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except VerificationError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(3)
     except Exception as error:
         message = _explain(error)
         if message is None:

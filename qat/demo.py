@@ -4,15 +4,16 @@ Every step is a command that you can run yourself; it is printed before it runs,
 than what it is made from.
 """
 
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide the standard library's
+
 import argparse
 import json
 import shlex
 import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide the standard library's
 
 from qat import common
 

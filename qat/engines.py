@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Build TensorRT engines from the exported dense ONNX files with trtexec."""
 
-import argparse
-import shlex
-import shutil
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide the standard library's
+
+import argparse
+import shlex
+import shutil
 
 from qat import common
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Score a float or quantised model with nuScenes' official metrics, or two of them side by side."""
 
-import argparse
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide the standard library's
+
+import argparse
+import json
+from typing import TYPE_CHECKING
 
 from qat import common
 

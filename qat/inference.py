@@ -15,6 +15,8 @@ from bevfusion.data import FrameLoader, NuScenesDataset, build_dataset, calibrat
 from bevfusion.data.loader import GROUND_TRUTH_ONLY
 from bevfusion.errors import InputError
 from bevfusion.models import build_model
+from lean.artifact import load as load_artifact
+from lean.checked_file import holds_checked
 
 WHOLE_MODEL_TYPES = {"mmcv.parallel.data_parallel.MMDataParallel", "bevfusion.models.detector.BEVFusion"}
 
@@ -44,33 +46,40 @@ class Detector:
 
 
 def load_model(cfg: Mapping[str, Any], path: str | Path, device: torch.device) -> nn.Module:
-    """Model in evaluation mode on `device`, from a float checkpoint or from the pickle of a quantised model.
+    """Model in evaluation mode on `device`, from a float checkpoint or from either file of a quantised model.
 
-    The pickle of a model runs code when it is loaded: open only files that you trust.
+    The pickle of a model runs code when it is loaded: open only files that you trust. A `.safetensors` file runs none.
 
     Raises:
         InputError: the file is missing, damaged, or does not fit the config.
+        QuantizationError: likewise, of a `.safetensors` file.
     """
-    if holds_whole_model(path):
+    if not holds_whole_model(path):
+        model = build_model(cfg["model"])
+        load_checkpoint(model, path)
+    elif holds_checked(Path(path)):
+        model = load_artifact(Path(path))
+    else:
         try:
             model = read_file(path, trust_pickle=True)
         except (AttributeError, ImportError) as error:
             raise InputError(f"{path} comes from another version of this project ({error}): quantise anew") from error
         model = getattr(model, "module", model)
-    else:
-        model = build_model(cfg["model"])
-        load_checkpoint(model, path)
     return model.to(device).eval()
 
 
 def holds_whole_model(path: str | Path) -> bool:
-    """Whether a file of `torch.save` is the pickle of a model, judged by the classes that it names, without loading it.
+    """Whether a file is a model that `qat/ptq.py` has saved, judged without loading it.
+
+    Of a file of `torch.save` the classes that it names tell.
 
     Raises:
         InputError: there is no such file.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint not found: {path}")
+    if holds_checked(Path(path)):
+        return True
     if not zipfile.is_zipfile(path):
         return False
     try:

@@ -73,6 +73,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--from-stats", metavar="FILE", type=Path, help="choose amax anew from kept statistics; needs no data set"
     )
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="don't load what was saved in a fresh process to compare it with the model in memory",
+    )
     parser.add_argument("--allow-partial", action="store_true", help="go on with a checkpoint that lacks weights")
     parser.add_argument(
         "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
@@ -101,7 +107,7 @@ def main() -> None:
     with steps.step("import"):
         from lean.distributed import local_device, process_group, rank
         from lean.fold import fold_dense, fold_sparse
-        from qat import calibration, saving
+        from qat import calibration, saving, verification
         from qat.frames import choose_frames
         from qat.recipes import insert_by_recipe
 
@@ -114,7 +120,7 @@ def main() -> None:
     with saving.claim(args.save):
         with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None), process_group(device):
             with steps.step("load checkpoint"):
-                model = calibration.load_float_model(cfg, args)
+                model, checkpoint = calibration.load_float_model(cfg, args)
             with steps.step("find frames"):
                 frames = (
                     None if args.from_stats else choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
@@ -127,20 +133,27 @@ def main() -> None:
                 fold_dense(model)
                 model.to(device)
             with steps.step("calibrate"):
-                made = calibration.made_of(args, cfg, recipe, frames)
+                made = calibration.made_of(args, cfg, recipe, frames, checkpoint)
                 workers = calibration.choose_workers(args, device)
                 method = args.method or recipe.method_table()
                 statistics = calibration.calibrate(model, frames, made, method, args, workers)
         if rank() > 0:
             return
-        with steps.step("disable and save"):
-            made = statistics.made_of if statistics else made
-            calibration.disable(model, recipe, args.disable)
-            calibration.save(model, args.save, calibration.provenance(args, cfg, recipe, method, made))
+        with saving.staged(args.save) as staging:
+            with steps.step("disable and save"):
+                made = statistics.made_of if statistics else made
+                calibration.disable(model, recipe, args.disable)
+                made_of = calibration.provenance(args, cfg, recipe, method, made)
+                files = saving.write(model, args.save, staging, made_of)
+            with steps.step("verify"):
+                verified = verification.verify(model, files, frames) if args.verify else "not verified (--no-verify)"
 
+        saving.warn_if_replaced(args.ckpt, checkpoint)
         print(calibration.branch_table(model, recipe))
         print(steps.table())
-        print(f"wrote {args.save} ({args.save.stat().st_size / 2**20:.1f} MiB)")
+        print(verified)
+        for path in saving.outputs(args.save):
+            print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Draw frames with what a model finds in them: six camera views and a bird's-eye view, one PNG a frame."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide the standard library's
+
+import argparse
+from typing import TYPE_CHECKING
 
 from qat import common
 

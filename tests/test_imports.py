@@ -53,3 +53,23 @@ assert OURS.module_dict["ResNet"] is not MMDET.module_dict["ResNet"]
 assert mmcv.__version__ == actual
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
+def scripts() -> list[Path]:
+    return [path for path in sorted((ROOT / "qat").glob("*.py")) if "sys.path[0] =" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda path: path.name)
+def test_scripts_leave_their_folder_before_they_import_anything_that_it_could_hide(script):
+    """`qat/inspect.py` would be imported in place of the standard library's, by `dataclasses` for one."""
+    lines = script.read_text().splitlines()
+    before = lines[: next(i for i, line in enumerate(lines) if line.startswith("sys.path[0] ="))]
+    assert [line for line in before if line.startswith(("import ", "from "))] == [
+        "import sys",
+        "from pathlib import Path",
+    ]
+
+
+def test_every_script_that_is_run_by_its_path_leaves_its_folder():
+    main = [path for path in (ROOT / "qat").glob("*.py") if "__main__" in path.read_text()]
+    assert {path.name for path in main} - {path.name for path in scripts()} == {"verification.py"}  # run with -m

@@ -50,14 +50,15 @@ def options(root: Path, reduced: bool = True) -> list[str]:
     return [*files, *(REDUCED if reduced else ())]
 
 
+NO_VERIFY = ("--no-verify",)
 FILES = (("train.dataset.ann_file", "train"), ("val.ann_file", "val"), ("test.ann_file", "val"))
 
 
-def run_here(*arguments: object) -> Outcome:
-    """Run `qat/ptq.py` in this process, which spares its imports."""
+def run_here(*arguments: object, verify: bool = False) -> Outcome:
+    """Run `qat/ptq.py` in this process, which spares its imports; `verify`: let it start a fresh one at its end."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(sys, "argv", ["ptq.py", *map(str, arguments)]),
+        mock.patch.object(sys, "argv", ["ptq.py", *map(str, arguments), *NO_VERIFY[verify:]]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as stopped,

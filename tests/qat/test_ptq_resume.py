@@ -52,7 +52,7 @@ def arguments(root: Path, save: Path, *more: object) -> list[str]:
 def start(root: Path, save: Path, *more: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     """Run it in a process of its own, with as many threads as this one has."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-W", "ignore", *launcher, "qat/ptq.py", *arguments(root, save, *more)]
+    command = [sys.executable, "-W", "ignore", *launcher, "qat/ptq.py", "--no-verify", *arguments(root, save, *more)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,0 +1,162 @@
+"""Proof that a saved model is the one in memory: a fresh process loads its files and runs a frame."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from spconv.pytorch import SparseConvTensor
+from torch import Tensor, nn
+
+from bevfusion.data import calibration_loader, to_device
+from lean.calibrate import evaluating, model_device
+from lean.structure import describe, stored_tensors
+from lean.switches import quantized_layers
+from qat.common import VerificationError
+from qat.frames import Frames
+from qat.inference import load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+Report = dict[str, dict[str, Any]]
+
+
+def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None) -> str:
+    """Compare what the files give in a fresh process with `model`: structure, tensors, and every output for one frame.
+
+    The frame runs on the CPU, wherever the model is: a GPU's kernels are chosen by timing, and add in an order that
+    differs from run to run.
+
+    Args:
+        frames: the first of them is run; None leaves that out.
+
+    Returns:
+        What was compared, in a line.
+
+    Raises:
+        VerificationError: they differ, naming the first difference of each file.
+        InputError: the frame can't be read.
+    """
+    batch = None if frames is None else first_batch(frames)
+    device = model_device(model)
+    with tempfile.TemporaryDirectory(prefix="bevfusion-ptq-") as folder:
+        torch.save(batch, Path(folder, "batch.pt"))
+        reports = _in_fresh_process(Path(folder), files)
+    model.to(CPU)
+    expected = json.loads(json.dumps(report(model, batch)))
+    for file, found in zip(files, reports, strict=True):
+        if problem := first_difference(expected, found):
+            raise VerificationError(f"{file.name}, loaded in a fresh process, is not the model in memory: {problem}")
+    model.to(device)
+    compared = f"{len(expected['tensors'])} tensors, {len(expected['outputs'])} outputs for one frame"
+    return f"verified in a fresh process, bit for bit: {compared}"
+
+
+def first_batch(frames: Frames) -> dict:
+    """The first calibration frame, as the model takes it."""
+    loader = calibration_loader(frames.dataset, frames.indices[:1], batch_size=1, workers=0, seed=frames.seed)
+    return to_device(next(iter(loader)), CPU)
+
+
+def report(model: nn.Module, batch: Mapping[str, Any] | None) -> Report:
+    """Everything that two equal models have in common, by kind and name: classes, quantisation, tensors, outputs."""
+    structure = describe(model)
+    return {
+        "modules": {name: type(m).__name__ for name, m in model.named_modules(remove_duplicate=False) if name},
+        "layers": {state.name: state.to_dict() for state in structure.layers},
+        "quantizers": {state.name: state.to_dict() for state in structure.quantizers},
+        "tensors": {name: checksum(tensor) for name, tensor in stored_tensors(model).items()},
+        "outputs": {} if batch is None else outputs(model, batch),
+    }
+
+
+def outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, str]:
+    """Checksums of what every quantised layer, every head and the model itself give for a batch, in this order."""
+    found: dict[str, str] = {}
+    modules = quantized_layers(model) | {f"heads.{name}": head for name, head in model.heads.items()}
+    with recording(modules, found), evaluating(model), torch.no_grad():
+        _record("result", model(**batch), found)
+    return found
+
+
+@contextmanager
+def recording(modules: Mapping[str, nn.Module], found: dict[str, str]) -> Iterator[None]:
+    """Add a checksum to `found` for every tensor that one of the modules returns, for the length of a `with` block."""
+    handles = [
+        module.register_forward_hook(lambda *call, name=name: _record(name, call[-1], found))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record(name: str, value: Any, found: dict[str, str]) -> None:
+    if isinstance(value, SparseConvTensor):
+        value = (value.features, value.indices)
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _record(f"{name}.{key}", item, found)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _record(f"{name}[{number}]", item, found)
+    else:
+        tensor = getattr(value, "tensor", value)  # boxes hold theirs
+        if isinstance(tensor, Tensor):
+            again = sum(key.partition("#")[0] == name for key in found)  # a layer may be called more than once
+            found[f"{name}#{again + 1}" if again else name] = checksum(tensor)
+
+
+def checksum(tensor: Tensor) -> str:
+    """Dtype, shape and SHA-256 of the values."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(values).hexdigest()}"
+
+
+def first_difference(expected: Report, found: Report) -> str | None:
+    """Name the first thing that differs and how many of its kind do; None if nothing does."""
+    for kind in expected:
+        names = [*expected[kind], *(name for name in found[kind] if name not in expected[kind])]
+        differing = [name for name in names if expected[kind].get(name) != found[kind].get(name)]
+        if differing:
+            return f"{len(differing)} of {len(names)} {kind} differ, first {differing[0]}"
+    return None
+
+
+def _in_fresh_process(folder: Path, files: Sequence[Path]) -> list[Report]:
+    """Reports of the models in `files` on the batch in `folder`, from a process with as many threads."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # it is no part of torchrun's group
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    request = {"files": [str(file.resolve()) for file in files], "threads": torch.get_num_threads()}
+    (folder / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-W", "ignore", "-m", "qat.verification", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise VerificationError(f"a fresh process can't load and run what was saved: {last.removeprefix('error: ')}")
+    return json.loads((folder / "reports.json").read_text())
+
+
+def answer(folder: Path) -> None:
+    """Do what `_in_fresh_process` asks for; this is the fresh process."""
+    request = json.loads((folder / "request.json").read_text())
+    torch.set_num_threads(request["threads"])
+    batch = torch.load(folder / "batch.pt", weights_only=False)
+    reports = [report(load_model({}, file, CPU), batch) for file in request["files"]]
+    (folder / "reports.json").write_text(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    from qat import common
+
+    common.run(lambda: answer(Path(sys.argv[1])))

@@ -1,0 +1,175 @@
+"""What `qat/ptq.py` leaves on the disk: both files or none, proven to be the model in memory, the same every time."""
+
+import argparse
+import hashlib
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import lean
+from bevfusion.config import load_config
+from bevfusion.models import build_model
+from lean.artifact import Artifact
+from lean.errors import QuantizationError
+from lean.lock import sole_writer
+from qat import calibration, exporting, saving, verification
+from qat.common import DEFAULT_CONFIG
+from qat.inference import holds_whole_model, load_model
+from tests.conftest import ROOT
+from tests.qat.ptq_samples import Outcome, link_frame, options, run_here
+
+CPU = torch.device("cpu")
+OLD = b"an older result"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, realframe, golden) -> Path:
+    """A data root of two copies of the real keyframe, with the reduced model's checkpoint."""
+    folder = link_frame(tmp_path_factory.mktemp("data") / "nuscenes", realframe, golden, frames=2)
+    torch.manual_seed(0)
+    model = build_model(load_config(ROOT / DEFAULT_CONFIG, options(folder)).model)
+    torch.save({"state_dict": model.state_dict()}, folder / "float.pth")
+    return folder
+
+
+def ptq(root: Path, save: Path, *more: object, verify: bool = False) -> Outcome:
+    common = ["--ckpt", root / "float.pth", "--dataset-root", root, "--device", "cpu", "--workers", 0]
+    common += ["--calib-pipeline", "test", "--calibrate_batch", 1, "--save", save]
+    return run_here("--config", ROOT / DEFAULT_CONFIG, *common, "--cfg-options", *options(root), *more, verify=verify)
+
+
+@pytest.fixture(scope="module")
+def result(root, tmp_path_factory) -> Path:
+    """The pickle of a run; the other file is beside it."""
+    save = tmp_path_factory.mktemp("result") / "ptq.pth"
+    done = ptq(root, save, "--disable", "fuser.0")
+    assert done.status == 0, done.err
+    assert f"wrote {save.with_suffix('.safetensors')}" in done.out
+    return save
+
+
+@pytest.fixture
+def older(tmp_path) -> Path:
+    """Where an older result lies, of two files."""
+    for path in saving.outputs(tmp_path / "ptq.pth"):
+        path.write_bytes(OLD)
+    return tmp_path / "ptq.pth"
+
+
+def assert_nothing_changed(save: Path) -> None:
+    """The older result is as it was, and nothing lies beside it."""
+    assert {path.name: path.read_bytes() for path in save.parent.iterdir()} == {"ptq.pth": OLD, "ptq.safetensors": OLD}
+
+
+def expect_refusal(done: Outcome, status: int, *words: str) -> None:
+    assert done.status == status, done.out + done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.err
+    assert "Traceback" not in done.err
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_both_files_hold_one_model(result):
+    pickled, rebuilt = (load_model({}, path, CPU) for path in saving.outputs(result))
+    assert verification.first_difference(verification.report(pickled, None), verification.report(rebuilt, None)) is None
+    assert rebuilt.ptq == lean.load(result.with_suffix(".safetensors")).ptq
+    assert rebuilt.fuser[0].is_disabled
+    calibrated = rebuilt.ptq["calibration"]
+    assert calibrated["sha256"] == hashlib.sha256("\n".join(calibrated["tokens"]).encode()).hexdigest()
+
+
+def test_export_takes_either_file(result):
+    for path in saving.outputs(result):
+        assert holds_whole_model(path)
+    args = [argparse.Namespace(ckpt=path, fp16=False, config=None, cfg_options=[]) for path in saving.outputs(result)]
+    first, second = (verification.report(exporting.load_for_export(one), None) for one in args)
+    assert verification.first_difference(first, second) is None
+
+
+def test_the_same_run_gives_the_same_bytes_even_if_its_checkpoint_is_replaced_meanwhile(root, result, tmp_path):
+    checkpoint = tmp_path / "float.pth"
+    checkpoint.write_bytes((root / "float.pth").read_bytes())
+    before = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    real = calibration.calibrate
+
+    def replace_and_calibrate(*arguments):
+        checkpoint.write_bytes(b"another training run has written this")
+        return real(*arguments)
+
+    with mock.patch.object(calibration, "calibrate", replace_and_calibrate):
+        done = ptq(root, tmp_path / "ptq.pth", "--disable", "fuser.0", "--ckpt", checkpoint)
+    assert done.status == 0, done.err
+    assert f"WARNING: {checkpoint} has changed since it was loaded" in done.err
+    again, first = (Artifact.read(folder / "ptq.safetensors") for folder in (tmp_path, result.parent))
+    assert again.made_of["checkpoint"] == {"file": str(checkpoint), "sha256": before}
+    again.made_of["checkpoint"]["file"] = first.made_of["checkpoint"]["file"]
+    assert again.to_bytes() == result.with_suffix(".safetensors").read_bytes()
+
+
+def test_a_file_that_is_not_the_model_in_memory_fails_the_run(root, older):
+    """As if the pickle had lost a fold: the file is whole, but computes something else."""
+    real = saving.write
+
+    def write_something_else(model, *arguments):
+        weight = model.decoder["neck"].deblocks[1][0].weight
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight[0] *= 1.01
+            files = real(model, *arguments)
+            weight.copy_(kept)
+        return files
+
+    with mock.patch.object(saving, "write", write_something_else):
+        done = ptq(root, older, verify=True)
+    expect_refusal(done, 3, "ptq.pth", "tensors differ, first decoder.neck.deblocks.1.0.weight")
+    assert_nothing_changed(older)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["ptq.pth", "ptq.safetensors"])
+def test_a_full_disk_is_named_and_the_older_result_kept(result, older, name):
+    model = load_model({}, result, CPU)
+    save = older.with_name(name)
+    with (
+        file_size_limit(2**20),
+        pytest.raises(QuantizationError, match=rf"{name} was not written: the file would exceed the size limit"),
+        saving.staged(save) as staging,
+    ):
+        saving.write(model, save, staging, model.ptq)
+    assert_nothing_changed(older)
+
+
+def test_two_runs_of_one_result_are_one_too_many(root, older):
+    with sole_writer(older.with_suffix(".safetensors")):
+        done = ptq(root, older)
+    expect_refusal(done, 2, "another run is writing", "ptq.safetensors")
+    assert_nothing_changed(older)
+
+
+def test_what_a_killed_run_has_left_is_cleared_away(result, older):
+    (older.parent / ".ptq.pth.new").mkdir()
+    (older.parent / ".ptq.pth.new" / "ptq.pth").write_bytes(b"half")
+    with saving.staged(older) as staging:
+        assert list(staging.iterdir()) == []
+    assert_nothing_changed(older)
+
+
+def test_the_safe_file_alone_is_written_when_it_is_what_is_asked_for():
+    assert saving.outputs(Path("a/b.pth")) == [Path("a/b.pth"), Path("a/b.safetensors")]
+    assert saving.outputs(Path("a/b.v2")) == [Path("a/b.v2"), Path("a/b.v2.safetensors")]
+    assert saving.outputs(Path("a/b.safetensors")) == [Path("a/b.safetensors")]
