@@ -52,6 +52,15 @@ LIDAR_BRANCH = BranchRecipe(LIDAR, quantize=(LayerRule("*"),))
 FUSER_BRANCH = BranchRecipe(FUSER, quantize=(LayerRule("*"),))
 DECODER_BRANCH = BranchRecipe(DECODER, quantize=(LayerRule("*"),))
 
+# What the parts of the network hand on: where the effect of quantisation is measured.
+OUTPUTS = {
+    "camera": "encoders.camera",
+    "lidar": "encoders.lidar",
+    "fused": FUSER,
+    "decoder": DECODER,
+    "heatmap": "heads.object.heatmap_head",
+}
+
 DISABLED = (f"{LIDAR}.conv_input.*", f"{DECODER}.neck.deblocks.0.0")
 
 
@@ -69,3 +78,9 @@ def default_recipe(model: nn.Module) -> Recipe:
         branches.insert(0, camera_branch_of(model.get_submodule(CAMERA)))
     disable = tuple(pattern for pattern in DISABLED if any(matches(name, [pattern]) for name in names))
     return Recipe(tuple(branches), disable=disable)
+
+
+def outputs_of(model: nn.Module) -> dict[str, str]:
+    """Return those of `OUTPUTS` that `model` has."""
+    names = {name for name, _ in model.named_modules()}
+    return {output: path for output, path in OUTPUTS.items() if path in names}

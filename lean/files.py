@@ -1,6 +1,7 @@
 """Writing files whole or not at all."""
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -63,6 +64,12 @@ def explained(path: Path) -> Iterator[None]:
             raise
         reason = REASONS.get(cause.errno, cause.strerror)
         raise QuantizationError(f"{path} was not written: {reason}; what was there before is untouched") from error
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits; raises OSError."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

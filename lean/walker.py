@@ -9,7 +9,8 @@ def replace_modules(model: nn.Module, convert: Callable[[str, nn.Module], nn.Mod
     """Swap every submodule for which `convert(name, module)` returns a new one.
 
     Collects first and swaps afterwards, so `convert` always sees the model as it was. A module that hangs at
-    several names is converted once and stays one module.
+    several names is converted once and stays one module. Children are swapped before their parents, so that a parent's
+    new module may hold the old one.
 
     Returns:
         The new modules by name.
@@ -23,7 +24,7 @@ def replace_modules(model: nn.Module, convert: Callable[[str, nn.Module], nn.Mod
             made[module] = convert(name, module)
         if made[module] is not None:
             swaps[name] = made[module]
-    for name, new in swaps.items():
+    for name, new in reversed(swaps.items()):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
     return swaps

@@ -1,6 +1,5 @@
 """How `qat/ptq.py` writes its result: one run at a time, whole and checked or not at all, in two forms."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +14,7 @@ from lean.artifact import Artifact
 from lean.calibrate import model_device, reset_statistics
 from lean.distributed import rank
 from lean.export.folder import all_or_none
-from lean.files import explained
+from lean.files import digest, explained
 from lean.lock import sole_writer
 from qat.collection import partial_file
 
@@ -78,8 +77,7 @@ def write(model: nn.Module, save: Path, staging: Path, made_of: Mapping[str, Any
 def warn_if_replaced(checkpoint: str | Path, sha256: str) -> None:
     """Say that a checkpoint is no longer the one that was loaded."""
     try:
-        with Path(checkpoint).open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        same = digest(checkpoint) == sha256
     except OSError:
         same = False
     if not same:

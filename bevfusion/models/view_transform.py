@@ -191,12 +191,33 @@ class LSSTransform(BaseTransform):
         return self.downsample(self.splat(*self.lift(x.flatten(0, 1)), geometry))
 
 
+class DepthMaps(nn.Module):
+    """Projects LiDAR points into the cameras' images; a module, as what it gives depends on no weight before it.
+
+    Args:
+        image_size: (height, width) of the network's input image in pixels.
+    """
+
+    def __init__(self, image_size: tuple[int, int]):
+        super().__init__()
+        self.image_size = image_size
+        self.fp16_enabled = False
+
+    @force_fp32()
+    @torch.no_grad()
+    def forward(self, points: Sequence[Tensor], geometry: CameraGeometry) -> Tensor:
+        """Project each frame's points (P_i, >=3) into its cameras: (B, N, 1, H, W) metres."""
+        maps = [depth_map(cloud.float(), geometry, frame, self.image_size) for frame, cloud in enumerate(points)]
+        return torch.stack(maps)
+
+
 @MODELS.register_module()
 class DepthLSSTransform(BaseTransform):
     """Lift-splat whose depth is predicted from the image and the projected LiDAR points."""
 
     def __init__(self, in_channels: int, out_channels: int, **kwargs):
         super().__init__(in_channels, out_channels, **kwargs)
+        self.depth_maps = DepthMaps(self.image_size)
         self.dtransform = nn.Sequential(
             *_conv_norm_relu(1, 8, 1), *_conv_norm_relu(8, 32, 5, stride=4), *_conv_norm_relu(32, 64, 5, stride=2)
         )
@@ -205,13 +226,6 @@ class DepthLSSTransform(BaseTransform):
             *_conv_norm_relu(in_channels, in_channels, 3),
             nn.Conv2d(in_channels, self.depth_bins + out_channels, 1),
         )
-
-    @force_fp32()
-    @torch.no_grad()
-    def depth_maps(self, points: Sequence[Tensor], geometry: CameraGeometry) -> Tensor:
-        """Project each frame's points (P_i, >=3) into its cameras: (B, N, 1, H, W) metres."""
-        maps = [depth_map(cloud.float(), geometry, frame, self.image_size) for frame, cloud in enumerate(points)]
-        return torch.stack(maps)
 
     def lift(self, x: Tensor, depths: Tensor) -> tuple[Tensor, Tensor]:
         """Map features (M, C_in, H, W) and depth maps (M, 1, 8H, 8W) to a depth distribution and context features."""
