@@ -13,11 +13,12 @@ from torch import nn
 from bench.timing import Row
 from bench.whole_model import CONFIGS, ROOT, quantised
 from bevfusion.config import load_config
-from bevfusion.data import calibration_dataset, calibration_frames, calibration_loader, to_device
+from bevfusion.data import calibration_dataset, calibration_frames, calibration_loader
 from bevfusion.data.loader import FrameLoader
 from bevfusion.models import build_model
 from lean.calibrate import observe, observing
 from lean.quantize import initialize, set_quantizer_fast
+from qat.collection import forward_of
 from qat.common import choose_workers
 
 STOCK_FRAMES = 12  # of the slow side
@@ -42,9 +43,7 @@ def observer(model: nn.Module, device: str, stock: bool) -> Callable[[Iterable, 
     """What runs batches through an observing model, waiting for the device at the end."""
 
     def run(batches: Iterable, count: int) -> None:
-        def forward(net: nn.Module, batch: dict) -> None:
-            net(**to_device(batch, device))
-
+        forward = forward_of(model)
         if stock:
             observe(model, batches, count, forward)
         else:

@@ -1,16 +1,17 @@
 """Measure how each way to choose amax, in each part of the model, changes what the model computes.
 
-    python bench/methods.py --ckpt CHECKPOINT --dataset-root DIR --frames 8
+    python bench/methods.py --ckpt CHECKPOINT --dataset-root DIR --frames 8 --score 100
 
 One part at a time computes in INT8, the others in float. The error is |quantised - float| / |float| (L2 norms, over all
-frames) of the decoder's BEV features and of the dense heatmap of the head.
+frames) of the decoder's BEV features and of the dense heatmap of the head. With --score N the official mAP and NDS of N
+validation frames, less those of the float model, are measured as well.
 """
 
 import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bevfusion.data import calibration_loader, to_device
+from bevfusion.data import FrameLoader, calibration_loader, to_device
+from bevfusion.evaluation import score_submission, to_submission
+from bevfusion.nuscenes_tables import open_nuscenes
 from lean.amax import METHODS
 from lean.bevfusion_recipe import default_recipe
 from lean.calibrate import calibrate_weights, observe, observing
@@ -31,6 +34,7 @@ from lean.ranges import set_amax
 from lean.switches import quantized_layers, quantizer_flags
 from qat import calibration, common
 from qat.frames import choose_frames
+from qat.inference import evaluation_dataset, spread
 
 PARTS = {
     "camera backbone and neck": ("encoders.camera.backbone.*", "encoders.camera.neck.*"),
@@ -79,18 +83,46 @@ def part_on(model: nn.Module, part: tuple[str, ...], off: Iterable[str]) -> Abst
     return quantizer_flags(groups[False] - groups[True], _disabled=True)
 
 
+def official_scores(cfg: Mapping, count: int, workers: int, device: torch.device) -> Callable[[nn.Module], list[float]]:
+    """What gives a model's mAP and NDS, in per cent, on `count` validation frames, which are loaded once."""
+    dataset = evaluation_dataset(cfg)
+    indices = spread(len(dataset), count)
+    frames = [dataset.data_infos[index] for index in indices]
+    batches = list(FrameLoader(dataset, 1, workers, sampler=indices))
+    nuscenes = open_nuscenes(dataset.dataset_root, dataset.version)
+
+    @torch.no_grad()
+    def scores(model: nn.Module) -> list[float]:
+        results = [found for batch in batches for found in model(**to_device(batch, device))]
+        submission = to_submission(results, frames, dataset.CLASSES, dataset.modality)
+        found = score_submission(submission, nuscenes, [frame.token for frame in frames])
+        return [100 * found.mean_ap, 100 * found.nds]
+
+    return scores
+
+
 def measure(
-    model: nn.Module, statistics: Mapping[str, Histogram], batches: list[dict], off: list[str], parts: list[str]
+    model: nn.Module,
+    statistics: Mapping[str, Histogram],
+    batches: list[dict],
+    off: list[str],
+    parts: list[str],
+    scores: Callable[[nn.Module], list[float]],
 ) -> list[tuple]:
-    """Rows: part, method, error of the BEV features, error of the heatmap, in per cent."""
+    """Rows: part, method, errors of BEV features and heatmap in per cent, and by how much `scores` differ from float.
+
+    The first row is the float model's, with its own scores.
+    """
     with part_on(model, (), ()):
-        expected = outputs(model, batches)
-    rows = []
+        expected, reference = outputs(model, batches), scores(model)
+    rows = [("none", "-", "0.00", "0.00", *(f"{score:.2f}" for score in reference))]
     for part, method in itertools.product(parts, METHODS):
         set_amax(model, statistics, method)
         with part_on(model, PARTS[part], off):
             errors = relative_errors(outputs(model, batches), expected)
-        rows.append((part, method, *(f"{100 * error:.2f}" for error in errors)))
+            changes = [score - before for score, before in zip(scores(model), reference, strict=True)]
+        cells = (*(f"{100 * error:.2f}" for error in errors), *(f"{change:+.2f}" for change in changes))
+        rows.append((part, method, *cells))
         print(*rows[-1], flush=True, file=sys.stderr)
     return rows
 
@@ -99,6 +131,7 @@ def parse_args() -> argparse.Namespace:
     parser = common.ArgumentParser(__doc__)
     common.add_model_arguments(parser)
     parser.add_argument("--frames", type=common.positive, default=4, help="frames to calibrate on and to compare on")
+    parser.add_argument("--score", metavar="N", type=common.positive, help="score N validation frames as well")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to quantise, in turn")
     parser.set_defaults(allow_partial=False, trust_pickle=False)
     common.add_run_arguments(parser)
@@ -125,8 +158,9 @@ def main() -> None:
     with observing(model) as observers:
         observe(model, batches, len(batches), lambda m, batch: m(**batch), None, lambda *_: None)
     off = select(recipe.disable, quantized_layers(model), "the recipe's disable pattern")
-    rows = measure(model, observers.statistics(), batches, off, args.parts)
-    headers = ("part in INT8", "method", "BEV features, %", "heatmap, %")
+    scores = official_scores(cfg, args.score, args.workers or 0, device) if args.score else lambda _: []
+    rows = measure(model, observers.statistics(), batches, off, args.parts, scores)
+    headers = ("part in INT8", "method", "BEV features, %", "heatmap, %", "mAP", "NDS")[: len(rows[0])]
     print(common.format_table(headers, rows, right=headers[2:]))
 
 

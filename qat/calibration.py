@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bevfusion.checkpoint import load_checkpoint
-from bevfusion.data import calibration_loader, to_device
+from bevfusion.data import calibration_loader
 from bevfusion.models import build_model
 from lean.calibrate import calibrate_weights, check_calibrated, model_device
 from lean.checked_file import need_safetensors
@@ -26,7 +26,7 @@ from lean.statistics import Statistics
 from lean.status import layer_status
 from lean.switches import disable_layers, named_quantizers, quantizer_flags
 from qat import common
-from qat.collection import collect, partial_file
+from qat.collection import collect, forward_of, partial_file
 from qat.frames import Frames
 from qat.saving import outputs
 
@@ -141,7 +141,7 @@ def _calibrate_stock(model: nn.Module, frames: Frames, method: Method, args: arg
         model,
         loader,
         device,
-        lambda net, batch: net(**to_device(batch, device)),
+        forward_of(model),
         len(frames.indices),
         method=method,
         calibrator="stock",

@@ -11,8 +11,9 @@ from torch import nn
 from tqdm import tqdm
 
 from bevfusion.data import calibration_loader, to_device
-from lean.calibrate import model_device, observe, observing
+from lean.calibrate import Forward, input_quantizers, model_device, observe, observing
 from lean.distributed import rank, world
+from lean.matching import matches
 from lean.observer import Observers
 from lean.statistics import Statistics
 from qat.frames import Frames
@@ -52,7 +53,6 @@ def collect(
     loader = calibration_loader(
         frames.dataset, [frames.indices[i] for i in positions], batch_size=1, workers=workers, seed=frames.seed
     )
-    device = model_device(model)
 
     def save(observers: Observers, done: int) -> None:
         statistics = Statistics(observers.statistics(summed=True), done, made_of)
@@ -76,8 +76,15 @@ def collect(
                 save(observers, done)
 
         if positions:
-            observe(model, loader, len(positions), lambda m, one: m(**to_device(one, device)), progress, after_batch)
+            observe(model, loader, len(positions), forward_of(model), progress, after_batch)
         return Statistics(observers.statistics(summed=True), total, made_of)
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """What runs a collated batch through the model as far as there are quantizers: the head only if it has some."""
+    device, quantizers = model_device(model), input_quantizers(model)
+    run = model if any(matches(name, ["heads.*"]) for name in quantizers) else model.bev_map
+    return lambda _, batch: run(**to_device(batch, device))
 
 
 def _saved(partial: Path, made_of: Mapping[str, Any]) -> Statistics:

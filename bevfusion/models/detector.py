@@ -90,6 +90,23 @@ class BEVFusion(BaseModule):
         decoded = self.decoder["neck"](self.decoder["backbone"](fused))
         return decoded if isinstance(decoded, Tensor) else decoded[0]
 
+    def bev_map(
+        self,
+        img: Tensor | None = None,
+        points: Sequence[Tensor] = (),
+        lidar2image: Tensor | None = None,
+        camera_intrinsics: Tensor | None = None,
+        camera2lidar: Tensor | None = None,
+        img_aug_matrix: Tensor | None = None,
+        lidar_aug_matrix: Tensor | None = None,
+        **_,
+    ) -> Tensor:
+        """Map a collated batch, with arguments as for `forward`, to what the head reads: (B, C, X, Y)."""
+        geometry = None
+        if "camera" in self.encoders:
+            geometry = CameraGeometry(camera_intrinsics, camera2lidar, lidar2image, img_aug_matrix, lidar_aug_matrix)
+        return self.extract_features(img, points, geometry)
+
     def forward(
         self,
         img: Tensor | None = None,
@@ -122,11 +139,10 @@ class BEVFusion(BaseModule):
             In training, losses by name (`loss/object/...`, `stats/object/...`). In evaluation, a dict per frame with
             `boxes_3d` (LiDARInstance3DBoxes), `scores_3d` (K,) and `labels_3d` (K,) on the CPU.
         """
-        geometry = None
-        if "camera" in self.encoders:
-            geometry = CameraGeometry(camera_intrinsics, camera2lidar, lidar2image, img_aug_matrix, lidar_aug_matrix)
+        sensors = {"img": img, "points": points, "camera_intrinsics": camera_intrinsics, "camera2lidar": camera2lidar}
+        sensors |= {"lidar2image": lidar2image, "img_aug_matrix": img_aug_matrix, "lidar_aug_matrix": lidar_aug_matrix}
         head = self.heads["object"]
-        prediction = head(self.extract_features(img, points, geometry))
+        prediction = head(self.bev_map(**sensors))
         if self.training:
             losses = head.loss(gt_bboxes_3d, gt_labels_3d, prediction)
             return {
