@@ -68,10 +68,19 @@ def write(model: nn.Module, save: Path, staging: Path, made_of: Mapping[str, Any
             if file.suffix == SAFE:
                 stream.write(Artifact.of(model, made_of).to_bytes())
             else:
-                device = model_device(model)
-                wrapped = MMDataParallel(model, device_ids=[device.index or 0] if device.type == "cuda" else [])
-                torch.save(wrapped, stream)
+                torch.save(in_parallel(model), stream)
     return files
+
+
+def in_parallel(model: nn.Module) -> MMDataParallel:
+    """Wrap a model in `MMDataParallel` on the device it is on, which may be the CPU of a machine with a GPU."""
+    device = model_device(model)
+    if device.type == "cuda" or not torch.cuda.is_available():
+        return MMDataParallel(model, device_ids=[device.index or 0] if device.type == "cuda" else [])
+    wrapped = MMDataParallel(model, device_ids=[0])  # an empty list fails there, and [0] moves the model
+    wrapped.device_ids = []
+    model.to(device)
+    return wrapped
 
 
 def warn_if_replaced(checkpoint: str | Path, sha256: str) -> None:

