@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["bevfusion", "bevfusion.*", "lean", "lean.*"]),
+    package_data={"lean.report": ["*.html", "*.css", "*.js"]},
     # No install_requires: several of the packages needed declare dependencies that this stack can't have.
     # requirements/ lists them, and requirements/install.sh installs them in the order that works.
 )

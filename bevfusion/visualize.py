@@ -143,15 +143,10 @@ def height_colours(heights: np.ndarray) -> np.ndarray:
     return cv2.applyColorMap(levels.reshape(-1, 1), cv2.COLORMAP_TURBO).reshape(-1, 3)[:, ::-1]
 
 
-def render_frame(
-    frame: SensorData,
-    classes: Sequence[str],
-    truth: Objects | None = None,
-    detections: Objects | None = None,
-    title: str = "",
-    camera_width: int = 560,
-) -> np.ndarray:
-    """One picture of a frame: camera views above, bird's-eye view with legend and counts below.
+def drawn_layers(
+    classes: Sequence[str], truth: Objects | None = None, detections: Objects | None = None
+) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """What to draw of a frame: (boxes, colours, line width) each, in this order.
 
     Detections have their class's colour; ground truth is thin and white, or has its class's colour where there are no
     detections. Objects with a label that is not in `classes` (such as -1) are left out.
@@ -162,9 +157,29 @@ def render_frame(
             objects = objects.select((objects.labels >= 0) & (objects.labels < len(classes)))
             colours = PALETTE[objects.labels % len(PALETTE)]
             shown.append((objects.boxes, colours if alone else np.full_like(colours, 255), 2 if alone else 1))
-    cameras = np.vstack(
-        [np.hstack([_camera_tile(frame, name, shown, camera_width) for name in row]) for row in CAMERA_ROWS]
-    )
+    return shown
+
+
+def camera_views(frame: SensorData, layers: Sequence[tuple[np.ndarray, np.ndarray, int]], width: int) -> np.ndarray:
+    """The six camera views, each `width` pixels wide, in two rows; `layers` as in `draw_birds_eye_view`."""
+    rows = [np.hstack([_camera_tile(frame, name, layers, width) for name in row]) for row in CAMERA_ROWS]
+    return np.vstack(rows)
+
+
+def render_frame(
+    frame: SensorData,
+    classes: Sequence[str],
+    truth: Objects | None = None,
+    detections: Objects | None = None,
+    title: str = "",
+    camera_width: int = 560,
+) -> np.ndarray:
+    """One picture of a frame: camera views above, bird's-eye view with legend and counts below.
+
+    See `drawn_layers` for the colours.
+    """
+    shown = drawn_layers(classes, truth, detections)
+    cameras = camera_views(frame, shown, camera_width)
     width = cameras.shape[1]
     size = width * 3 // 4
     legend = _legend(np.full((size, width - size, 3), BACKGROUND, np.uint8), classes, truth, detections)

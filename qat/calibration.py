@@ -161,7 +161,6 @@ def provenance(
     args: argparse.Namespace, cfg: Mapping[str, Any], recipe: Recipe, method: Method, made: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the quantised model was made of and how, in plain types; `made`: see `made_of`, with frames."""
-    versions = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
     tokens = list(made["frames"])
     return {
         "config": dict(cfg),
@@ -178,8 +177,14 @@ def provenance(
             "tokens": tokens,
             "sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
         },
-        "versions": {"python": platform.python_version(), **{n: versions[n] for n in RECORDED if n in versions}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
+    return {"python": platform.python_version(), **{name: found[name] for name in RECORDED if name in found}}
 
 
 def branch_table(model: nn.Module, recipe: Recipe) -> str:

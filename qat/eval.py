@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from qat import common
+from qat import common, reporting
 
 if TYPE_CHECKING:
     import mmcv
@@ -28,10 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", metavar="N", type=common.positive, help="only N frames, evenly spread over all")
     parser.add_argument("--out", metavar="FILE", help="write the detections here, in nuScenes' submission format")
     parser.add_argument("--metrics", metavar="FILE", help="write the scores here, as JSON")
+    reporting.add_report_arguments(parser, frames=False)
     common.add_run_arguments(parser)
     args = parser.parse_args()
-    if args.results and (args.compare or args.out):
-        parser.error("--results scores detections that exist: leave out --compare and --out")
+    if args.results and (args.compare or args.out or args.report):
+        parser.error("--results scores detections that exist: leave out --compare, --out and --report")
     return args
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     common.set_up_logging(args)
     files = [args.results] if args.results else [file for file in (args.ckpt, args.compare) if file]
     outputs = output_files(args.out, len(files))
+    reporting.check_report_arguments(args)
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
     common.make_repeatable(cfg.get("seed", 0) if args.seed is None else args.seed)
@@ -57,19 +59,22 @@ def main() -> None:
 
     for path in filter(None, [*outputs, args.metrics]):
         ensure_writable(path)
+    roles = reporting.roles_of(files) if args.report else []
     steps = common.Steps()
     with steps.step("open the data set"):
         dataset, nuscenes = open_data(cfg)
     detector = Detector(cfg, dataset, device, cfg.data.workers_per_gpu if args.workers is None else args.workers)
     indices = spread(len(dataset), args.limit)
     frames = [dataset.data_infos[index] for index in indices]
-    scores = {}
+    scores, results = {}, []
     for name, file, output in zip(short_names(files), files, outputs, strict=True):
         with steps.step(f"{'read' if args.results else 'detect with'} {name}"):
             if args.results:
                 submission = load_submission(file)
             else:
-                submission = to_submission(detector(file, indices, name), frames, dataset.CLASSES, dataset.modality)
+                found = detector(file, indices, name)
+                results.append(found if args.report else [])
+                submission = to_submission(found, frames, dataset.CLASSES, dataset.modality)
         if output:
             save_submission(submission, output)
         with steps.step(f"score {name}"):
@@ -81,6 +86,10 @@ def main() -> None:
         Path(args.metrics).write_text(f"{text}\n", encoding="utf-8")
     for path in filter(None, [*outputs, args.metrics]):
         print(f"written: {path}")
+    if args.report:
+        reporting.report_scores(
+            args, scores, results, dict(zip(roles, files, strict=True)), dataset, indices, device, steps
+        )
 
 
 def output_files(out: str | None, count: int) -> list[str | None]:

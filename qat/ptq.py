@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 
-from qat import common
+from qat import common, reporting
 
 METHODS = ("mse", "entropy", "percentile", "max")
 
@@ -83,6 +83,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
     )
+    reporting.add_report_arguments(parser)
     common.add_run_arguments(parser)
     return check(parser, parser.parse_args())
 
@@ -112,6 +113,7 @@ def main() -> None:
         from qat.recipes import insert_by_recipe
 
     calibration.check_outputs(args)
+    reporting.check_report_arguments(args)
     cfg = common.load_config(args)
     device = local_device(common.choose_device(args.device))
     seed = cfg.get("seed", 0) if args.seed is None else args.seed
@@ -154,6 +156,7 @@ def main() -> None:
         print(verified)
         for path in saving.outputs(args.save):
             print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+        reporting.report_model(args, model, cfg, statistics, device, steps, saving.outputs(args.save), workers)
 
 
 if __name__ == "__main__":

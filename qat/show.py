@@ -7,15 +7,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide the standard library's
 
 import argparse
-from typing import TYPE_CHECKING
 
 from qat import common
-
-if TYPE_CHECKING:
-    from bevfusion.data import NuScenesDataset
-    from bevfusion.visualize import Objects, SensorData
-
-POINT_COLUMNS = 5  # of nuScenes' point clouds
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +41,7 @@ def main() -> None:
 
     from bevfusion.visualize import render_frame, write_image
     from qat.inference import Detector, ensure_writable, evaluation_dataset, short_names
+    from qat.pictures import drawable, load_frame
 
     dataset = evaluation_dataset(cfg, args.split)
     if max(args.frame) >= len(dataset):
@@ -65,42 +59,6 @@ def main() -> None:
         ]
         write_image(picture, np.hstack(panels))
         print(f"written: {picture}")
-
-
-def load_frame(dataset: "NuScenesDataset", index: int) -> "tuple[SensorData, Objects | None]":
-    """Full-size images, points of the keyframe and ground truth (None in a test split) of a frame.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
-    import numpy as np
-
-    from bevfusion.data.pipelines.images import LoadMultiViewImageFromFiles
-    from bevfusion.data.pipelines.points import load_cloud
-    from bevfusion.visualize import Objects, SensorData
-
-    frame, info = dataset.data_infos[index], dataset.get_data_info(index)
-    images, matrices = {}, {}
-    if "image_paths" in info:
-        loaded = LoadMultiViewImageFromFiles()({"image_paths": info["image_paths"]})["img"]
-        images = {name: np.asarray(image) for name, image in zip(frame.cameras.names, loaded, strict=True)}
-        matrices = dict(zip(frame.cameras.names, info["lidar2image"], strict=True))
-    sensors = SensorData(frame.token, images, matrices, load_cloud(info["lidar_path"], POINT_COLUMNS))
-    if frame.ground_truth is None:
-        return sensors, None
-    truth = info["ann_info"]
-    return sensors, Objects(truth["gt_bboxes_3d"].tensor.numpy(), truth["gt_labels_3d"])
-
-
-def drawable(result: dict, score: float, z_at_centre: bool) -> "Objects":
-    """Detections of a model's result with at least this score, z brought to the bottom."""
-    from bevfusion.visualize import Objects
-
-    keep = result["scores_3d"] >= score
-    boxes = result["boxes_3d"].tensor[keep].numpy()
-    if z_at_centre:
-        boxes[:, 2] -= boxes[:, 5] / 2
-    return Objects(boxes, result["labels_3d"][keep].numpy(), result["scores_3d"][keep].numpy())
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def unknown_token(root: Path, folder: Path) -> list:
     ("arguments", "line"),
     [
         (lambda root, folder: ["--limit", "0"], "expected a whole number of 1 or more"),
-        (lambda root, folder: ["--results", "x", "--compare", "y"], "leave out --compare and --out"),
+        (lambda root, folder: ["--results", "x", "--compare", "y"], "leave out --compare, --out and --report"),
         (unknown_token, "'nowhere'"),
     ],
 )
