@@ -94,7 +94,9 @@ def description(path: Path, artifact: "Artifact") -> str:
     for state, (name, row) in zip(artifact.structure.layers, layer_properties(artifact).items(), strict=True):
         bits = "/".join(str(row[key]) for key in ("input bits", "weight bits") if key in row)
         ranges = [_range(amax.get(quantizer)) for quantizer in (state.input, state.weight)]
-        rows.append((name, row["kind"], row["state"], bits, *ranges, row["shares input scale with"]))
+        shared = row["shares input scale with"].split(", ")
+        more = f" +{len(shared) - 1}" if len(shared) > 1 else ""
+        rows.append((name, row["kind"], row["state"], bits, *ranges, shared[0] + more))
     headers = ("layer", "kind", "state", "bits", "input amax", "weight amax", "shares input scale with")
     facts = common.format_table(("property", "value"), summary(path, artifact))
     return f"{facts}\n{common.format_table(headers, rows)}"
