@@ -1,0 +1,253 @@
+"""`qat/sensitivity.py` on a tiny data set and a small LiDAR model; replays of a reduced camera + LiDAR model."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from mmcv.parallel import MMDataParallel
+
+from bevfusion.config import load_config
+from bevfusion.create_data import create_data
+from bevfusion.models import build_model
+from lean.bevfusion_recipe import default_recipe, outputs_of
+from lean.fold import fold_dense, fold_sparse
+from lean.insert import insert_quantizers
+from lean.quantize import calibrate_model
+from lean.sensitivity import run_trials, sensitivity_units, unit_quantizers
+from lean.sqnr import noise_between
+from lean.switches import disable_layers, named_quantizers, quantizer_flags
+from qat import common, ptq, sensitivity
+from qat.common import DEFAULT_CONFIG
+from tests.bevfusion import tiny_nuscenes as tiny
+from tests.conftest import ROOT
+from tests.golden_model import golden_batch
+from tests.qat.ptq_samples import REDUCED, Outcome
+
+CONFIG = ROOT / "configs/nuscenes/det/transfusion/secfpn/lidar/voxelnet_0p075.yaml"
+OPTIONS = REDUCED[1:3] + REDUCED[-1:]  # those of the LiDAR and the head
+BLOCK = "encoders.lidar.backbone.encoder_layers.encoder_layer1.1"
+DEBLOCKS = ("decoder.neck.deblocks.0.0", "decoder.neck.deblocks.1.0")  # the recipe leaves the first in float
+ONLY = (f"{BLOCK}.*", "decoder.neck.*")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A data root with a float checkpoint of random weights."""
+    folder = tiny.TinyNuScenes(tmp_path_factory.mktemp("nuscenes")).save()
+    create_data(folder, "v1.0-mini", database=False)
+    torch.manual_seed(0)
+    torch.save({"state_dict": build_model(load_config(CONFIG, OPTIONS)["model"]).state_dict()}, folder / "float.pth")
+    return folder
+
+
+def arguments(root: Path, out: Path, *more: object) -> list[str]:
+    given = ["--config", CONFIG, "--ckpt", root / "float.pth", "--dataset-root", root, "--out", out, "--frames", 2]
+    given += ["--calibrate_batch", 2, "--calib-pipeline", "test", "--device", "cpu", "--workers", 0, "-q"]
+    return list(map(str, [*given, "--cfg-options", *OPTIONS, *more]))
+
+
+def run_main(script, *arguments: object) -> Outcome:
+    """Run a script's `main` in this process, which spares its imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        common.run(script.main)
+    return Outcome(stopped.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def run(root: Path, out: Path, *more: object) -> Outcome:
+    return run_main(sensitivity, *arguments(root, out, *more))
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory) -> dict:
+    """The result of an uninterrupted run with official scores, and what was printed."""
+    out = tmp_path_factory.mktemp("whole") / "result.json"
+    done = run(root, out, "--metric", "mAP", "--only", *ONLY, "--stats", out.with_name("stats.npz"))
+    assert done.status == 0, done.err
+    assert sorted(path.name for path in out.parent.iterdir()) == ["result.csv", "result.json", "stats.npz"]
+    return {"out": out, "text": done.out, **json.loads(out.read_text())}
+
+
+def test_every_unit_is_tried_both_ways(whole):
+    assert whole["outputs"] == ["lidar", "decoder", "heatmap"]
+    assert len(whole["frames"]) == 2
+    names = {unit["name"] for unit in whole["units"]}
+    assert names == {*(f"{BLOCK}.{leaf}" for leaf in ("conv1", "conv2", "add")), *DEBLOCKS}
+    assert len(whole["units"]) == len(names)
+    for unit in whole["units"]:
+        is_decoder = unit["name"].startswith("decoder")
+        assert (unit["alone"]["errors"]["lidar"] == 0) == is_decoder
+        assert 0 < unit["alone"]["errors"]["heatmap"] < 1
+        assert (unit["without"] is None) == unit["left_float"] == (unit["name"] == DEBLOCKS[0])
+        assert all(5 < sqnr["both"] < 80 for sqnr in unit["sqnr_db"].values())
+        assert unit["alone"]["drift"]["boxes"] == 40
+        assert set(unit["alone"]["drift"]["by_class"]) == set(whole["classes"])
+        assert 0 <= unit["alone"]["scores"]["mAP"] <= 1
+    assert whole["int8"]["errors"]["decoder"] > max(unit["alone"]["errors"]["decoder"] for unit in whole["units"]) / 2
+
+
+def test_units_are_sorted_by_the_metric(whole):
+    def cost(unit: dict) -> tuple[float, float]:
+        return whole["float"]["scores"]["mAP"] - unit["alone"]["scores"]["mAP"], unit["alone"]["drift"]["disagreement"]
+
+    costs = [cost(unit) for unit in whole["units"]]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] != costs[-1]
+
+
+def test_table_and_csv_hold_the_same(whole):
+    rows = list(csv.DictReader(whole["out"].with_suffix(".csv").open()))
+    assert [row["name"] for row in rows] == [unit["name"] for unit in whole["units"]]
+    first = whole["units"][0]
+    assert float(rows[0]["alone_error_heatmap"]) == first["alone"]["errors"]["heatmap"]
+    assert float(rows[0]["alone_mAP"]) == first["alone"]["scores"]["mAP"]
+    assert next(row for row in rows if row["left_float"] == "1")["without_recall"] == ""
+    lines = [line for line in whole["text"].splitlines() if first["name"] in line]
+    assert len(lines) == 1
+    assert f"{100 * first['alone']['errors']['heatmap']:.2f}" in lines[0]
+    assert "| all quantised" in whole["text"]
+
+
+def unlike(document: dict) -> dict:
+    """A result without what differs between equal runs."""
+    return {key: value for key, value in document.items() if key not in ("out", "text", "command")}
+
+
+def test_an_interrupted_run_is_gone_on_with(root, whole, tmp_path):
+    out = tmp_path / "result.json"
+    more = ("--metric", "mAP", "--only", *ONLY)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-W", "ignore", "qat/sensitivity.py", *arguments(root, out, *more)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+    journal = out.with_name("result.json.partial.jsonl")
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert f"{journal} keeps the trials: the same command with --resume goes on" in err
+    assert not out.exists()
+    rows = journal.read_bytes().count(b"\n")
+    journal.write_bytes(journal.read_bytes() + b'{"key": "torn by a ki')
+    with mock.patch("lean.calibrate.observe", side_effect=AssertionError("calibrates again")):
+        done = run(root, out, *more, "--resume")
+    assert done.status == 0, done.err
+    assert rows > 5
+    assert unlike(json.loads(out.read_text())) == unlike(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.csv", "result.json"]
+
+
+def test_a_quantised_model_is_measured_as_it_was_calibrated(root, whole, tmp_path):
+    stats, save = whole["out"].with_name("stats.npz"), tmp_path / "ptq.pth"
+    given = ["--config", CONFIG, "--ckpt", root / "float.pth", "--dataset-root", root, "--device", "cpu"]
+    done = run_main(ptq, *given, "--from-stats", stats, "--save", save, "--cfg-options", *OPTIONS)
+    assert done.status == 0, done.err
+    out = tmp_path / "result.csv"
+    more = ("--ckpt", save, "--only", *ONLY)
+    assert run(root, out, *more, "--stats", stats).err == (
+        f"error: {save} is quantised already: leave out --stats, or name the float checkpoint\n"
+    )
+    done = run(root, out, *more)
+    assert done.status == 0, done.err
+    found = {unit["name"]: unit for unit in json.loads(out.with_suffix(".json").read_text())["units"]}
+    for unit in whole["units"]:
+        assert found[unit["name"]]["alone"]["errors"] == unit["alone"]["errors"]
+        assert found[unit["name"]]["sqnr_db"] == unit["sqnr_db"]
+
+
+def without_truth(info_file: Path, target: Path) -> Path:
+    """A copy of an info file as a test split has it."""
+    content = pickle.loads(info_file.read_bytes())
+    for info in content["infos"]:
+        for key in [key for key in info if key.startswith(("gt_", "num_", "valid"))]:
+            del info[key]
+    target.write_bytes(pickle.dumps(content))
+    return target
+
+
+def test_bad_input_is_one_line(root, whole, tmp_path):
+    out, stats = tmp_path / "out.json", whole["out"].with_name("stats.npz")
+    bare = without_truth(root / "nuscenes_infos_val.pkl", tmp_path / "bare.pkl")
+    empty = tmp_path / "empty.pkl"
+    empty.write_bytes(pickle.dumps({"infos": [], "metadata": {"version": "v1.0-mini"}}))
+    torch.save(MMDataParallel(build_model(load_config(CONFIG, OPTIONS)["model"])), tmp_path / "whole.pth")
+    (tmp_path / "folder.json").mkdir()
+    cases = {
+        ("--frames", "0"): "argument --frames: expected a whole number of 1 or more, got '0'",
+        ("--out", tmp_path / "out.txt"): f"--out {tmp_path}/out.txt: name a .json or .csv file; both are written",
+        ("--out", tmp_path / "folder.json"): f"--out {tmp_path}/folder.json: is a folder, name a file",
+        ("--only", "decoder.neck.deblock"): "--only 'decoder.neck.deblock' matched no module; nearest: 'decoder.neck.d",
+        ("--metric", "mAP", "--cfg-options", f"data.val.ann_file={bare}"): f"{bare} lacks annotations of frame ",
+        ("--cfg-options", f"data.val.ann_file={empty}"): f"{empty} lists no frames",
+        ("--ckpt", tmp_path / "whole.pth"): f"{tmp_path}/whole.pth holds a whole float model",
+        ("--stats", root / "float.pth"): f"{root}/float.pth is not a statistics file",
+        ("--stats", stats, "--recipe", tmp_path / "absent.yaml"): f"--recipe {tmp_path}/absent.yaml: No such file",
+    }
+    for options, message in cases.items():
+        done = run(root, out, *options)
+        assert (done.status, done.err.count("\n")) == (2, 1), (options, done.err)
+        assert message in done.err, options
+    assert not out.exists()
+    assert run(root, out, "--stats", stats, "--only", "decoder.neck.*").status == 0  # also: no annotations are needed
+    assert run(root, out, "--cfg-options", f"data.val.ann_file={bare}", "--only", "decoder.neck.*").status == 0
+
+
+def test_trials_of_another_run_are_refused(root, whole, tmp_path):
+    out, stats = tmp_path / "out.json", whole["out"].with_name("stats.npz")
+    out.with_name("out.json.partial.jsonl").write_text('{"made_of": {"split": "train"}}\n')
+    done = run(root, out, "--stats", stats, "--resume", "--only", "decoder.neck.*")
+    assert done.status == 2
+    assert "partial.jsonl comes from another run: split was train, now it is val (and " in done.err
+
+
+@pytest.mark.slow
+def test_replays_of_a_camera_and_lidar_model_equal_whole_forwards(golden):
+    torch.manual_seed(0)
+    model = build_model(load_config(ROOT / DEFAULT_CONFIG, REDUCED).model)
+    batch = golden_batch(golden)
+    batch["img"] = batch["img"][..., :64, :176].contiguous()
+    recipe = default_recipe(model)
+    insert_quantizers(model, recipe)
+    fold_sparse(model)
+    fold_dense(model)
+    calibrate_model(model, [batch], "cpu", lambda m, one: m(**one))
+    disable_layers(model, recipe.disable)
+    only = ["*.layer3.0.conv1", "*.dtransform.3", "*.encoder_layer3.1.add", "fuser.0", "decoder.backbone.blocks.0.3"]
+    units, found = sensitivity_units(model, only), []
+    assert len(units) == len(only)
+    run_trials(model, lambda: model(**batch), units, found.append, outputs=outputs_of(model))
+    own = unit_quantizers(model, units)
+    on = [quantizer for quantizer in named_quantizers(model).values() if not quantizer._disabled]
+    fused = {}
+    hook = model.fuser.register_forward_hook(lambda _, __, output: fused.update(now=output.clone()))
+    for outcome in found:
+        kind, unit = outcome.trial.kind, outcome.trial.unit
+        with (
+            torch.no_grad(),
+            quantizer_flags(named_quantizers(model).values(), _disabled=True),
+            quantizer_flags(on if kind in ("int8", "without") else (), _disabled=False),
+            quantizer_flags(own.get(unit, ()), _disabled=kind != "alone"),
+        ):
+            wanted = model(**batch)
+        fused.setdefault("float", fused["now"])
+        assert outcome.noise["fused"] == noise_between(fused["float"], fused["now"]), outcome.trial
+        assert torch.equal(outcome.result[0]["boxes_3d"].tensor, wanted[0]["boxes_3d"].tensor), outcome.trial
+        assert torch.equal(outcome.result[0]["scores_3d"], wanted[0]["scores_3d"]), outcome.trial
+    hook.remove()
