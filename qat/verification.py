@@ -22,6 +22,7 @@ from lean.switches import quantized_layers
 from qat.common import VerificationError
 from qat.frames import Frames
 from qat.inference import load_model
+from qat.made_up import made_up_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None) -> st
     differs from run to run.
 
     Args:
-        frames: the first of them is run; None leaves that out.
+        frames: the first of them is run; a made-up one if there are none.
 
     Returns:
         What was compared, in a line.
@@ -45,19 +46,20 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None) -> st
         VerificationError: they differ, naming the first difference of each file.
         InputError: the frame can't be read.
     """
-    batch = None if frames is None else first_batch(frames)
     device = model_device(model)
+    model.to(CPU)
+    batch = first_batch(frames) if frames else made_up_batch(model)
     with tempfile.TemporaryDirectory(prefix="bevfusion-ptq-") as folder:
         torch.save(batch, Path(folder, "batch.pt"))
         reports = _in_fresh_process(Path(folder), files)
-    model.to(CPU)
     expected = json.loads(json.dumps(report(model, batch)))
     for file, found in zip(files, reports, strict=True):
         if problem := first_difference(expected, found):
             raise VerificationError(f"{file.name}, loaded in a fresh process, is not the model in memory: {problem}")
     model.to(device)
-    compared = f"{len(expected['tensors'])} tensors, {len(expected['outputs'])} outputs for one frame"
-    return f"verified in a fresh process, bit for bit: {compared}"
+    tensors, outputs_ = len(expected["tensors"]), len(expected["outputs"])
+    frame = "one frame" if frames else "a made-up frame"
+    return f"verified in a fresh process, bit for bit: {tensors} tensors, and {outputs_} outputs for {frame}"
 
 
 def first_batch(frames: Frames) -> dict:
