@@ -3,7 +3,8 @@
 import argparse
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -75,8 +76,16 @@ def check_disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> 
     Raises:
         QuantizationError: see `lean.switches.disable_layers`.
     """
+    with disabled(model, recipe, patterns):
+        pass
+
+
+@contextmanager
+def disabled(model: nn.Module, recipe: Recipe, patterns: Sequence[str] = ()) -> Iterator[None]:
+    """Do for the length of a `with` block what `disable` does for good; no other layer is disabled."""
     with quantizer_flags(named_quantizers(model).values(), _disabled=False):
         disable(model, recipe, patterns)
+        yield
 
 
 def made_of(

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 
-from qat import common, reporting
+from qat import common, mixed_options, reporting
 
 METHODS = ("mse", "entropy", "percentile", "max")
 
@@ -84,6 +84,8 @@ def parse_args() -> argparse.Namespace:
         "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
     )
     reporting.add_report_arguments(parser)
+    mixed_options.add_auto_arguments(parser)
+    mixed_options.add_improvement_arguments(parser)
     common.add_run_arguments(parser)
     return check(parser, parser.parse_args())
 
@@ -97,6 +99,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
             parser.error(f"--calibrator stock can't be used with {name}: its histograms can't be saved or added up")
         if args.from_stats and name != "--from-stats" and given:
             parser.error(f"--from-stats runs no frames, so that {name} is of no use")
+    mixed_options.check_mixed(parser, args)
     return args
 
 
@@ -108,8 +111,9 @@ def main() -> None:
     with steps.step("import"):
         from lean.distributed import local_device, process_group, rank
         from lean.fold import fold_dense, fold_sparse
-        from qat import calibration, saving, verification
+        from qat import auto, calibration, saving, verification
         from qat.frames import choose_frames
+        from qat.improve import improve
         from qat.recipes import insert_by_recipe
 
     calibration.check_outputs(args)
@@ -127,6 +131,7 @@ def main() -> None:
                 frames = (
                     None if args.from_stats else choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
                 )
+                judges = auto.prepare(args, cfg, seed, calibration.choose_workers(args, device))
                 print(frames.describe() if frames else f"statistics: {args.from_stats}")
             with steps.step("insert quantizers"):
                 recipe = insert_by_recipe(model, args)
@@ -141,11 +146,14 @@ def main() -> None:
                 statistics = calibration.calibrate(model, frames, made, method, args, workers)
         if rank() > 0:
             return
+        with steps.step("choose what stays float"):
+            recipe, found = auto.choose_layers(model, recipe, judges, args)
         with saving.staged(args.save) as staging:
             with steps.step("disable and save"):
                 made = statistics.made_of if statistics else made
                 calibration.disable(model, recipe, args.disable)
-                made_of = calibration.provenance(args, cfg, recipe, method, made)
+                improved = improve(model, frames, args)
+                made_of = calibration.provenance(args, cfg, recipe, method, made) | auto.record(found) | improved
                 files = saving.write(model, args.save, staging, made_of)
             with steps.step("verify"):
                 verified = verification.verify(model, files, frames) if args.verify else "not verified (--no-verify)"
@@ -153,6 +161,8 @@ def main() -> None:
         saving.warn_if_replaced(args.ckpt, checkpoint)
         print(calibration.branch_table(model, recipe))
         print(steps.table())
+        if found:
+            print(f"{found.describe()}\nrecipe: {auto.recipe_file(args.save)}")
         print(verified)
         for path in saving.outputs(args.save):
             print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
