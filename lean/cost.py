@@ -94,7 +94,7 @@ def layer_cost(module: nn.Module, args: tuple, output: Any) -> LayerCost:
         outputs = output[0].numel()
         macs = (sum(tensor.numel() for tensor in args[:3]) + outputs) * module.embed_dim
         weights = sum(parameter.numel() for parameter in module.parameters())
-    return LayerCost(type(module).__name__, macs, inputs, weights, outputs)
+    return LayerCost(type(module).__name__, int(macs), inputs, weights, outputs)  # spconv's sizes are numpy's
 
 
 def _sum(a: LayerCost, b: LayerCost) -> LayerCost:

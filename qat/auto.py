@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bevfusion.data import to_device
+from lean.bevfusion_recipe import OUTPUTS
 from lean.calibrate import model_device
 from lean.cost import CostModel, int8_layers, int8_share, measure_costs
 from lean.mixed import Candidate, Choice, rank, search
@@ -26,7 +27,7 @@ from qat.recipes import save_recipe
 logger = logging.getLogger("qat")
 
 BENEFIT_FRAMES = 4  # of the frames to search on
-OUTPUT = "decoder.neck"  # everything that is quantised ends there
+OUTPUT = OUTPUTS["decoder"]  # everything that is quantised ends there
 
 
 @dataclasses.dataclass(frozen=True)

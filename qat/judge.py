@@ -12,10 +12,10 @@ from bevfusion.data import FrameLoader, NuScenesDataset, to_device
 from bevfusion.errors import InputError
 from bevfusion.evaluation import DetectionScores, score_submission, to_submission
 from bevfusion.evaluation.drift import Boxes, Drift, measure_drift
-from bevfusion.nuscenes_tables import open_nuscenes
 from lean.calibrate import model_device
 from lean.switches import disable_quantization
 from qat.inference import evaluation_dataset, spread
+from qat.preparing import open_tables
 
 
 class Judge:
@@ -96,7 +96,7 @@ def open_judges(cfg: Mapping[str, Any], metric: str, count: int, seed: int, work
     halves = split_frames([frame.scene for frame in dataset.data_infos], count, seed)
     if not all(halves):
         raise InputError(f"--auto needs two validation frames or more; {dataset.ann_file} has {len(dataset)}")
-    nuscenes = None if metric == "drift" else _tables(dataset, metric, [index for half in halves for index in half])
+    nuscenes = None if metric == "drift" else open_tables(dataset, [index for half in halves for index in half])
     search, verify = (Judge(dataset, half, workers, nuscenes) for half in halves)
     return search, verify
 
@@ -116,15 +116,3 @@ def split_frames(scenes: Sequence[str], count: int, seed: int) -> tuple[list[int
         halves = [[i for i, scene in enumerate(scenes) if (scene in first) is side] for side in (True, False)]
     search, verify = ([half[i] for i in spread(len(half), count)] for half in halves)
     return search, verify
-
-
-def _tables(dataset: NuScenesDataset, metric: str, indices: Sequence[int]) -> NuScenes:
-    """The data set's tables, if they hold annotations of the frames."""
-    advice = "use --metric drift, which needs none"
-    if not dataset.version:
-        raise InputError(f"--metric {metric} needs annotations, and {dataset.ann_file} names no version: {advice}")
-    nuscenes = open_nuscenes(dataset.dataset_root, dataset.version)
-    known = {sample["token"]: sample["anns"] for sample in nuscenes.sample}
-    if not any(known.get(dataset.data_infos[index].token) for index in indices):
-        raise InputError(f"--metric {metric} needs annotations, and {dataset.ann_file}'s frames have none: {advice}")
-    return nuscenes
