@@ -1,5 +1,6 @@
 """The frames that calibration runs over."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from torch.utils.data import Dataset
 
 from bevfusion.data import build_dataset, calibration_dataset, calibration_frames, frames_of
 from bevfusion.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Frames:
         indices: into `frames_of(dataset)`, in the order of the run.
         tokens: sample tokens, in the same order.
         available, samples, validation: distinct training frames, training samples (a wrapper may repeat frames),
-            and validation frames, None where the config's validation info file is missing.
+            and validation frames, None where the config's validation info file is missing or can't be read.
     """
 
     dataset: Dataset
@@ -34,7 +37,7 @@ class Frames:
 
     def describe(self) -> str:
         """Numbers of training and validation samples, and of the frames chosen."""
-        validation = "no info file" if self.validation is None else str(self.validation)
+        validation = "unknown" if self.validation is None else str(self.validation)
         lines = [f"training frames: {self.available} (samples: {self.samples}), validation frames: {validation}"]
         if len(self.indices) < self.asked:
             lines.append(f"calibrating on all {len(self.indices)} frames there are; {self.asked} were asked for")
@@ -65,5 +68,12 @@ def choose_frames(cfg: Mapping[str, Any], pipeline: str, count: int, seed: int) 
 
 
 def _count_validation(cfg: Mapping[str, Any]) -> int | None:
+    """How many validation frames there are: a piece of news that no calibration depends on, so that it may be None."""
     config = cfg["data"]["val"]
-    return len(frames_of(build_dataset(config))) if Path(config["ann_file"]).exists() else None
+    if not Path(config["ann_file"]).exists():
+        return None
+    try:
+        return len(frames_of(build_dataset(config)))
+    except InputError as error:
+        logger.warning("validation frames can't be counted: %s", error)
+        return None
