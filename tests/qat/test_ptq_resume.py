@@ -194,7 +194,7 @@ def test_two_processes_give_the_result_of_one(root, whole, tmp_path):
     run = start(root, save, "--save-every", 2, launcher=TORCHRUN)
     out, error = run.communicate(timeout=300)
     assert run.returncode == 0, error
-    assert out.count("wrote ") == 1
+    assert out.count("wrote ") == 2  # both forms, by one process
     assert_same_result(save, whole)
 
 
