@@ -8,6 +8,8 @@ from lean.fused import FusedQuantizer
 from lean.recipe import QuantizerSpec
 from lean.stock import StockHistogram
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 class Quantizer(FusedQuantizer):
     """Fake-quantises a tensor with the amax (a buffer `_amax`) that calibration has set.
@@ -33,6 +35,16 @@ class Quantizer(FusedQuantizer):
     def forward(self, inputs: Tensor) -> Tensor:
         """Quantise and dequantise `inputs`; an empty tensor (a frame without voxels) passes as it is."""
         return inputs if inputs.numel() == 0 else super().forward(inputs)
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether `forward` rounds to the calibrated range: not disabled, and not just observing."""
+        return self._if_quant and self._fake_quant and not self._disabled and "_amax" in self._buffers
+
+    @property
+    def step(self) -> Tensor:
+        """What one integer is worth, in the shape of amax."""
+        return self._amax.clamp(min=TINY) / (2 ** (self._num_bits - 1 + int(self._unsigned)) - 1)
 
     def set_amax(self, amax: Tensor) -> None:
         """Set amax (scalar, or one value per index of the axis with the other axes 1), replacing an earlier one."""

@@ -49,8 +49,9 @@ class Tensor:
 
 
 def quantise(values: np.ndarray, bound: float | np.ndarray) -> np.ndarray:
-    """Round values / step to int8, half to even, where step = `bound` / 127."""
-    return np.clip(np.rint(values.astype(np.float64) * (LEVELS / bound)), -LEVELS - 1, LEVELS).astype(np.int8)
+    """Round values / step to int8, half to even, where step = `bound` / 127; in float32, as kernels do it."""
+    scaled = values.astype(np.float32) * (np.float32(LEVELS) / np.float32(bound))
+    return np.clip(np.rint(scaled), -LEVELS - 1, LEVELS).astype(np.int8)
 
 
 def convolve(features: np.ndarray, weight: np.ndarray, rules: Rulebook) -> np.ndarray:
@@ -111,10 +112,10 @@ class FloatArithmetic:
 
 
 class IntegerArithmetic(FloatArithmetic):
-    """int8 layers multiply int8 by int8 and sum in int32; fp16 layers multiply fp16 numbers.
+    """int8 layers multiply int8 by int8 and sum in int32; fp16 layers multiply fp16 numbers and sum in float64.
 
-    All else (sums of fp16 layers, dequantisation, bias, requantisation) is done in float64: a GPU does it in float32,
-    in an order of its own, and a quantised network amplifies such roundings.
+    All else (dequantisation, bias, requantisation) is done in float32, operation by operation as the PyTorch layers do
+    it: a quantised network amplifies a different rounding until it is as large as the quantisation error.
 
     Args:
         graph: says in which ranges each tensor is read.
@@ -145,7 +146,8 @@ class IntegerArithmetic(FloatArithmetic):
             return super().convolve(node, x, weight, rules)
         bound, bounds = node["input_dynamic_range"], np.array(node["weight_dynamic_ranges"])
         total = convolve_int8(x.read_int8(bound), quantise(weight, bounds.reshape(-1, 1, 1, 1, 1)), rules)
-        return total * (bound / LEVELS * (bounds / LEVELS))
+        steps = np.float32(bound) / np.float32(LEVELS) * (bounds.astype(np.float32) / np.float32(LEVELS))
+        return total.astype(np.float32) * steps
 
     def add(self, node: Node, a: Tensor, b: Tensor) -> np.ndarray:
         """Return the sum of two tensors of one shape, as real numbers."""
@@ -154,7 +156,8 @@ class IntegerArithmetic(FloatArithmetic):
         bounds = node["input0_dynamic_range"], node["input1_dynamic_range"]
         x, y = (t.read_int8(bound).astype(np.int32) for t, bound in zip((a, b), bounds, strict=True))
         # Divided as the fake quantizer does it: at ranges of few digits the next rounding can meet exact ties.
-        return x / (LEVELS / bounds[0]) + y / (LEVELS / bounds[1])
+        scales = [np.float32(LEVELS) / np.float32(bound) for bound in bounds]
+        return x.astype(np.float32) / scales[0] + y.astype(np.float32) / scales[1]
 
     def _ranges(self, tensor: str) -> Sequence[float]:
         """Ranges in which `tensor` is read, through ReLUs, each once."""

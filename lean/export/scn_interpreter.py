@@ -84,7 +84,8 @@ def _convolution(run: _Run, node: Node, x: Tensor) -> Tensor:
     if weight.shape != (node["out_channels"], *node["kernel_size"], node["in_channels"]):
         raise QuantizationError(f"{node.name}: weight {weight.shape} doesn't fit its kernel and channels")
     rules = run.rulebook(node, x)
-    total = run.arithmetic.convolve(node, x, weight, rules) + bias.astype(run.arithmetic.dtype)
+    total = run.arithmetic.convolve(node, x, weight, rules)
+    total = total + bias.astype(total.dtype)
     if node["activation"] == "ReLU":
         total = np.maximum(total, 0)
     return run.arithmetic.store(rules.coordinates, total, node)

@@ -74,7 +74,7 @@ class NodeWriter:
         weight = conv.weight.permute(0, 3, 2, 1, 4) if self.inverse else conv.weight
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
         for what, value in (("weight", weight), ("bias", bias)):
-            half = _half(value, f"{step.name}.{what}").numpy()
+            half = half_precision(value, f"{step.name}.{what}").numpy()
             inputs.append(f"spconv{number}.{what}")
             data = half.astype("<f2").tobytes()
             self.initializers.append(helper.make_tensor(inputs[-1], TensorProto.FLOAT16, half.shape, data, raw=True))
@@ -114,13 +114,13 @@ def _range(quantizer: FusedQuantizer, name: str) -> list[float] | None:
     """The quantizer's amax, rounded to fp16 as the weights are; None if it has none, which only a disabled one may."""
     if quantizer.amax is None:
         return None
-    bounds = _half(quantizer.amax.reshape(-1), name)
+    bounds = half_precision(quantizer.amax.reshape(-1), name)
     if not (bounds > 0).all():
         raise QuantizationError(f"{name}: amax {quantizer.amax.min():g} is not positive in fp16")
     return bounds.tolist()
 
 
-def _half(value: Tensor, name: str) -> Tensor:
+def half_precision(value: Tensor, name: str) -> Tensor:
     """Round to fp16 (contiguous, on the CPU).
 
     Raises:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from spconv.core import ConvAlgo
 from spconv.pytorch import SparseConvTensor
 from spconv.pytorch.conv import SparseConvolution
-from torch import nn
+from torch import Tensor, nn
 
 from lean.errors import QuantizationError
 from lean.layers.base import LayerSpec, QuantLayer
@@ -78,12 +78,31 @@ class QuantSparseConvolution(QuantLayer, SparseConvolution):
         """spconv's constructor assigns a choice that it made before the device was known."""
 
     def forward(self, x: SparseConvTensor) -> SparseConvTensor:
-        """Convolve features (V, in_channels) into (V', out_channels); `x` stays as it is."""
-        quantised = x.replace_feature(self._input_quantizer(x.features))
-        weight = self._weight_quantizer(self.weight)
+        """Convolve features (V, in_channels) into (V', out_channels); `x` stays as it is.
+
+        Where no gradient is wanted, quantised operands are multiplied as whole numbers, and the sums scaled afterwards,
+        as in the INT8 kernels: float32 sums of whole numbers are exact up to 2^24, so that the result is the same in
+        any order of summation, on any device.
+        """
+        features, weight = self._input_quantizer(x.features), self._weight_quantizer(self.weight)
+        steps = None if torch.is_grad_enabled() else self._steps(features.dtype)
+        if steps is not None:
+            features, weight = ((value / step).round() for value, step in zip((features, weight), steps, strict=True))
         with nullcontext() if weight.is_cuda else one_thread():
-            out = self._conv_forward(self.training, quantised, weight, None, name=self.name)
+            out = self._conv_forward(self.training, x.replace_feature(features), weight, None, name=self.name)
         features = out.features
+        if steps is not None:
+            features = features * (steps[0] * steps[1].flatten())
         if self.bias is not None:  # added here, because spconv has no bias on the CPU
             features = features + self.bias
         return out.replace_feature(F.relu(features) if self.activation == "relu" else features)
+
+    def _steps(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """What one step of the input's and of the weight's integers is worth; None if either is not quantised now.
+
+        Other types than float32 are left alone: FP16 can't hold the sums.
+        """
+        rounding = all(quantizer.is_rounding for quantizer in self.quantizers)
+        if not rounding or dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return None
+        return tuple(quantizer.step for quantizer in self.quantizers)

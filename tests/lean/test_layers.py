@@ -1,5 +1,7 @@
 """Each quantised layer against its float layer, and what may not be converted."""
 
+import copy
+
 import pytest
 import torch
 from mmcv.cnn.bricks import wrappers
@@ -92,6 +94,28 @@ def test_sparse_convolutions(conv):
             torch.testing.assert_close(layer(x).features, (expected.features + layer.bias).relu())
     assert torch.equal(layer.weight, weight)
     assert torch.equal(x.features, kept)
+
+
+def test_quantised_sparse_sums_are_exact_in_any_order():
+    """The order of the input channels changes no bit, unlike with a gradient, where real numbers are summed."""
+    coordinates, features = voxels()[1], torch.randn(300, 64)
+    order = torch.randperm(64)
+    conv = SubMConv3d(64, 8, 3, padding=1, bias=False)
+    layer = quantise(conv)
+    set_range(layer, 3.0)
+    shuffled = quantise(copy.deepcopy(conv))
+    shuffled.weight = nn.Parameter(conv.weight.detach()[..., order])
+    set_range(shuffled, 3.0)
+
+    def run(layer, features):
+        return layer(SparseConvTensor(features, coordinates, [16, 16, 16], 1)).features.detach()
+
+    with torch.no_grad():
+        exact, other = run(layer, features), run(shuffled, features[:, order])
+    assert torch.equal(exact, other)
+    summed = run(layer, features), run(shuffled, features[:, order])
+    assert not torch.equal(*summed)
+    torch.testing.assert_close(exact, summed[0], rtol=1e-4, atol=1e-5)
 
 
 def test_sparse_convolutions_of_one_stage_share_a_rulebook():

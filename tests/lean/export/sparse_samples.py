@@ -12,7 +12,6 @@ from bevfusion.registry import MODELS
 from lean import quantize
 from lean.calibrate import calibrate_weights
 from lean.fold import fold_sparse
-from lean.layers import QuantSparseConvolution
 from lean.switches import named_quantizers
 from tests.golden_model import golden_config, golden_state_dict, is_sparse
 from tests.lean.golden_names import our_quantizer
@@ -88,17 +87,6 @@ def golden_backbone(golden: Path) -> nn.Module:
             quantizer.set_amax(torch.tensor(reference["amax"]))
     quantize.disable_layers(backbone, ["conv_input.*"])
     return backbone
-
-
-def round_to_file(backbone: nn.Module) -> nn.Module:
-    """Give `backbone` the weights, biases and ranges that a file holds, rounded to fp16, and compute in float64."""
-    for module in backbone.modules():
-        if isinstance(module, QuantSparseConvolution):
-            for parameter in (module.weight, module.bias):
-                parameter.data = parameter.data.half()
-    for quantizer in named_quantizers(backbone).values():
-        quantizer.set_amax(quantizer.amax.half())
-    return backbone.double()
 
 
 def cosine(actual: np.ndarray, expected: np.ndarray | Tensor) -> float:

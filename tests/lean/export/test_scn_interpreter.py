@@ -9,6 +9,7 @@ import torch
 
 from bevfusion.ops.voxelize import Voxelization
 from lean.errors import QuantizationError
+from lean.export.rounding import round_to_file
 from lean.export.scn_arithmetic import convolve_int8, quantise
 from lean.export.scn_interpreter import SparseInterpreter
 from lean.export.scn_rulebook import build_rulebook
@@ -22,7 +23,6 @@ from tests.lean.export.sparse_samples import (
     distance,
     float_backbone,
     golden_backbone,
-    round_to_file,
     small_backbone,
     voxels,
 )
@@ -72,7 +72,7 @@ def test_float_equals_pytorch(export, changes, inverse):
     actual = run(export(backbone, inverse=inverse), *voxels(), False, inverse)
     with disable_quantization(backbone):
         expected = bev(backbone, *voxels())
-        rounded = bev(round_to_file(backbone), voxels()[0].double(), voxels()[1])
+        rounded = bev(round_to_file(backbone), voxels()[0], voxels()[1])
     assert actual.shape == expected.shape
     assert distance(actual, expected) < 1e-3
     assert distance(actual, rounded) < 1e-5
@@ -90,17 +90,17 @@ def test_integers_equal_fake_quantisation_with_the_numbers_of_the_file(export, b
     """All that the PyTorch model lacks is the fp16 of the output."""
     actual = run(export(backbone, inverse=inverse), *voxels(), True, inverse)
     features, coordinates = voxels()
-    expected = bev(round_to_file(backbone), features.half().double(), coordinates)
+    expected = bev(round_to_file(backbone), features.half().float(), coordinates)
     assert actual.dtype == np.float16
     assert cosine(actual, expected) >= 0.999
     assert distance(actual, expected) < 5e-4
 
 
 def round_output(module, inputs, output):
-    """Forward hook: the output as fp16 stores it, in float64."""
+    """Forward hook: the output as fp16 stores it."""
     if isinstance(module, QuantSparseConvolution):
-        return output.replace_feature(output.features.half().double())
-    return output.half().double()
+        return output.replace_feature(output.features.half().float())
+    return output.half().float()
 
 
 def test_layers_in_fp16_between_integers(export, backbone):
@@ -109,7 +109,7 @@ def test_layers_in_fp16_between_integers(export, backbone):
     backbone, (features, coordinates) = round_to_file(backbone), voxels()
     for name in ("encoder_layer2.0.conv1", "encoder_layer3.0.add", "encoder_layer3.1.conv2"):
         backbone.encoder_layers.get_submodule(name).register_forward_hook(round_output)
-    expected = bev(backbone, features.half().double(), coordinates)
+    expected = bev(backbone, features.half().float(), coordinates)
     assert distance(run(interpreter, features, coordinates, True), expected) < 5e-4
 
 
@@ -131,7 +131,7 @@ class Layers:
 def same_integers(interpreter, backbone, features, coordinates) -> tuple[int, int]:
     """Compare every stored int8 value with the fake-quantised model's; return the number, and how many differ."""
     layers = Layers(backbone)
-    bev(backbone, features.half().double(), coordinates)
+    bev(backbone, features.half().float(), coordinates)
     values = interpreter.run_all(features.numpy(), coordinates.numpy(), integer=True)
     nodes = [node for node in interpreter.graph.nodes if node.op in ("SparseConvolution", "Add")]
     compared = wrong = 0
@@ -260,7 +260,7 @@ def test_golden_frame(golden, export):
     with disable_quantization(backbone):
         assert distance(run(interpreter, features, coordinates, False), bev(backbone, features, coordinates)) < 1e-3
     backbone = round_to_file(backbone)
-    expected = bev(backbone, features.half().double(), coordinates)
+    expected = bev(backbone, features.half().float(), coordinates)
     assert cosine(run(interpreter, features, coordinates, True), expected) >= 0.999
     compared, wrong = same_integers(interpreter, backbone, features, coordinates)
     assert compared > 1e7
