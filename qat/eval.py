@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Score a float or quantised model with nuScenes' official metrics, or two of them side by side."""
+"""Score a model, or the ONNX files of one, with nuScenes' official metrics; or two side by side."""
 
 import sys
 from pathlib import Path
@@ -24,6 +24,24 @@ def parse_arguments() -> argparse.Namespace:
     parser = common.ArgumentParser(__doc__)
     common.add_model_arguments(parser)
     parser.add_argument("--compare", metavar="FILE", help="a second model file, run over the same frames")
+    parser.add_argument("--onnx", metavar="DIR", help="score the files that qat/export.py wrote, instead of --ckpt")
+    parser.add_argument(
+        "--lidar-arithmetic",
+        choices=("integer", "float"),
+        default="integer",
+        help="how the LiDAR branch's file computes: as each layer states, like the runtime, or in float32",
+    )
+    parser.add_argument(
+        "--half-points", action="store_true", help="round points to FP16 before the files, as the runtime's are"
+    )
+    parser.add_argument(
+        "--round-lidar",
+        action="store_true",
+        help="round a model's LiDAR branch to FP16, as its file is, to compare it with the files",
+    )
+    parser.add_argument(
+        "--dump", metavar="DIR", help="write the first frame's inputs and outputs of every stage here, as .tensor files"
+    )
     parser.add_argument("--results", metavar="FILE", help="score this results file instead of running a model")
     parser.add_argument("--limit", metavar="N", type=common.positive, help="only N frames, evenly spread over all")
     parser.add_argument("--out", metavar="FILE", help="write the detections here, in nuScenes' submission format")
@@ -31,8 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     reporting.add_report_arguments(parser, frames=False)
     common.add_run_arguments(parser)
     args = parser.parse_args()
-    if args.results and (args.compare or args.out or args.report):
-        parser.error("--results scores detections that exist: leave out --compare, --out and --report")
+    if args.results and (args.compare or args.out or args.report or args.onnx or args.dump):
+        parser.error("--results scores detections that exist: leave out --compare, --onnx, --out, --dump and --report")
+    if args.onnx and args.report:
+        parser.error("--report is about models: leave out --onnx, or give the model with --ckpt")
     return args
 
 
@@ -40,8 +60,10 @@ def main() -> None:
     """Detect, score, print."""
     args = parse_arguments()
     common.set_up_logging(args)
-    files = [args.results] if args.results else [file for file in (args.ckpt, args.compare) if file]
-    outputs = output_files(args.out, len(files))
+    if args.onnx and not Path(args.onnx).is_dir():
+        raise common.UsageError(f"--onnx {args.onnx}: no such folder; qat/export.py writes one")
+    files = [args.results] if args.results else [file for file in (args.onnx or args.ckpt, args.compare) if file]
+    outputs, dumps = output_files(args.out, len(files)), output_files(args.dump, len(files))
     reporting.check_report_arguments(args)
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
@@ -63,11 +85,16 @@ def main() -> None:
     steps = common.Steps()
     with steps.step("open the data set"):
         dataset, nuscenes = open_data(cfg)
-    detector = Detector(cfg, dataset, device, cfg.data.workers_per_gpu if args.workers is None else args.workers)
+    workers = cfg.data.workers_per_gpu if args.workers is None else args.workers
+    files_as = {"integer": args.lidar_arithmetic == "integer", "half_points": args.half_points}
+    detector = Detector(cfg, dataset, device, workers, round_lidar=args.round_lidar, **files_as)
     indices = spread(len(dataset), args.limit)
     frames = [dataset.data_infos[index] for index in indices]
     scores, results = {}, []
-    for name, file, output in zip(short_names(files), files, outputs, strict=True):
+    for name, file, output, dump in zip(short_names(files), files, outputs, dumps, strict=True):
+        if dump:
+            with steps.step(f"dump a frame of {name}"):
+                detector.dump(file, indices[0], dump)
         with steps.step(f"{'read' if args.results else 'detect with'} {name}"):
             if args.results:
                 submission = load_submission(file)
@@ -84,7 +111,7 @@ def main() -> None:
     if args.metrics:
         text = json.dumps({name: score.to_dict() for name, score in scores.items()}, indent=2)
         Path(args.metrics).write_text(f"{text}\n", encoding="utf-8")
-    for path in filter(None, [*outputs, args.metrics]):
+    for path in filter(None, [*outputs, args.metrics, *dumps]):
         print(f"written: {path}")
     if args.report:
         reporting.report_scores(
@@ -93,7 +120,7 @@ def main() -> None:
 
 
 def output_files(out: str | None, count: int) -> list[str | None]:
-    """Results file of each of `count` models: `out`, and for a second one `out` with -compare before the extension."""
+    """Where the results of each of `count` models go: `out`, and for a second `out` with -compare before its ending."""
     if out is None:
         return [None] * count
     path = Path(out)

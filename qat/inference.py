@@ -1,7 +1,7 @@
 """Running float and quantised models over frames, shared by the scripts that evaluate and show them."""
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,32 +17,72 @@ from bevfusion.errors import InputError
 from bevfusion.models import build_model
 from lean.artifact import load as load_artifact
 from lean.checked_file import holds_checked
+from lean.export.rounding import round_to_file
+from qat.deployed import DeployedPipeline, dump_frame, in_stages, open_files
 
 WHOLE_MODEL_TYPES = {"mmcv.parallel.data_parallel.MMDataParallel", "bevfusion.models.detector.BEVFusion"}
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Runs the models of files over frames of one data set."""
+    """Runs the models of files, or exported files of folders, over frames of one data set.
+
+    Attributes:
+        integer, half_points: how exported files compute, see `qat.deployed.open_files`.
+        round_lidar: give models the numbers of the LiDAR branch's file.
+    """
 
     cfg: Mapping[str, Any]
     dataset: NuScenesDataset
     device: torch.device
     workers: int = 0
+    integer: bool = True
+    half_points: bool = False
+    round_lidar: bool = False
+
+    def open(self, file: str | Path) -> nn.Module | DeployedPipeline:
+        """Load a model, or put together what a folder holds.
+
+        Raises:
+            InputError: it can't be loaded, or does not fit the config.
+            QuantizationError: exported files are missing or can't be executed.
+        """
+        if Path(file).is_dir():
+            return open_files(self.cfg, file, self.integer, self.half_points)
+        model = load_model(self.cfg, file, self.device)
+        if self.round_lidar and "lidar" in model.encoders:
+            round_to_file(model.encoders["lidar"]["backbone"])
+            model.encoders["lidar"]["voxelize"].half_features = True
+        return model
+
+    def batches(self, frames: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The frames with these indices, one a batch, on the device."""
+        loader = FrameLoader(self.dataset, 1, self.workers, sampler=frames)
+        return (to_device(batch, self.device) for batch in loader)
 
     def __call__(self, file: str | Path, frames: Sequence[int], title: str) -> list[dict]:
         """Results (boxes_3d, scores_3d, labels_3d on the CPU) of the frames with these indices, with a progress bar.
 
         Raises:
-            InputError: the model can't be loaded, or a frame can't be read.
+            InputError, QuantizationError: as `open`, or a frame can't be read.
         """
-        model = load_model(self.cfg, file, self.device)
+        model = self.open(file)
         results = []
         with torch.no_grad():
-            batches = FrameLoader(self.dataset, 1, self.workers, sampler=frames)
-            for batch in tqdm(batches, title, len(frames), unit="frame", disable=None):
-                results += model(**to_device(batch, self.device))
+            for batch in tqdm(self.batches(frames), title, len(frames), unit="frame", disable=None):
+                results += model(**batch)
         return results
+
+    def dump(self, file: str | Path, frame: int, folder: str | Path) -> None:
+        """Write the tensors between the stages of one frame, see `qat.deployed.dump_frame`.
+
+        Raises:
+            InputError, QuantizationError: as `open`, or the folder can't be written.
+        """
+        model = self.open(file)
+        pipeline = model if isinstance(model, DeployedPipeline) else in_stages(model)
+        for batch in self.batches([frame]):
+            dump_frame(pipeline, batch, folder)
 
 
 def load_model(cfg: Mapping[str, Any], path: str | Path, device: torch.device) -> nn.Module:

@@ -51,7 +51,12 @@ class Voxelization(nn.Module):
         point_cloud_range: (x_min, y_min, z_min, x_max, y_max, z_max) in metres.
         max_num_points: points averaged per voxel.
         max_voxels: most voxels a frame, one number or (training, testing).
+
+    Attributes:
+        half_features: round the features to FP16, in which the CUDA runtime keeps them.
     """
+
+    half_features = False
 
     def __init__(
         self,
@@ -84,6 +89,6 @@ class Voxelization(nn.Module):
             mean, cell = voxelize_mean(
                 cloud.float(), self.voxel_size, self.lower, self.grid_size, self.max_num_points, limit
             )
-            features.append(mean)
+            features.append(mean.half().float() if self.half_features else mean)
             coordinates.append(nn.functional.pad(cell, (1, 0), value=index))
         return torch.cat(features), torch.cat(coordinates)

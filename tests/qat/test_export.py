@@ -1,10 +1,6 @@
 """`qat/export.py` and its doors, from a saved model to the files, and what they say of input they can't use."""
 
-import contextlib
-import importlib.util
-import io
 import shutil
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +16,8 @@ from qat import common
 from qat.exporting import first_difference
 from tests.conftest import ROOT
 from tests.lean.export.samples import reduced_model, reduced_ptq
-from tests.qat.ptq_samples import REDUCED, Outcome
+from tests.qat.ptq_samples import REDUCED
+from tests.qat.scripts import expect_refusal, run_script
 
 DENSE = ["camera.backbone.onnx", "camera.vtransform.onnx", "fuser.onnx", "head.bbox.onnx"]
 FILES = sorted([*DENSE, "lidar.backbone.xyz.onnx"])
@@ -36,32 +33,6 @@ def folder(tmp_path_factory, golden) -> Path:
     torch.save(MMDataParallel(model, device_ids=[]), path / "ptq.pth")
     torch.save({"state_dict": reduced_model().state_dict()}, path / "float.pth")
     return path
-
-
-def run_script(script: str, *arguments: object) -> Outcome:
-    """Run a script of `qat/` in this process, which spares its imports."""
-    specification = importlib.util.spec_from_file_location("script", ROOT / "qat" / script)
-    module = importlib.util.module_from_spec(specification)
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", [script, *map(str, arguments)]),
-        mock.patch.object(sys, "path", list(sys.path)),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as stopped,
-    ):
-        specification.loader.exec_module(module)
-        common.run(module.main)
-    return Outcome(stopped.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def expect_refusal(done: Outcome, *words: str) -> None:
-    assert done.status == 2, done.out + done.err
-    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.err
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 def names(path: Path) -> list[str]:
