@@ -49,8 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     reporting.add_report_arguments(parser, frames=False)
     common.add_run_arguments(parser)
     args = parser.parse_args()
-    if args.results and (args.compare or args.out or args.report or args.onnx or args.dump):
-        parser.error("--results scores detections that exist: leave out --compare, --onnx, --out, --dump and --report")
+    if args.results and (args.compare or args.out or args.report):
+        parser.error("--results scores detections that exist: leave out --compare, --out and --report")
+    if args.results and (args.onnx or args.dump):
+        parser.error("--results scores detections that exist: leave out --onnx and --dump")
     if args.onnx and args.report:
         parser.error("--report is about models: leave out --onnx, or give the model with --ckpt")
     return args
