@@ -96,7 +96,7 @@ class Bench:
     def score(self, title: str, results: list[dict], int8: set[str], seconds: float) -> dict[str, Any]:
         """One row: scores, what is lost against float, and its standard error."""
         reference = self.judge.reference(self.model)
-        before, after = (self.judge.scores(found) for found in (reference, results))
+        before, after = self.judge.reference_scores(self.model), self.judge.scores(results)
         found = {
             "variant": title,
             "mAP": 100 * after.mean_ap,

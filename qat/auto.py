@@ -21,6 +21,7 @@ from lean.recipe import Recipe
 from lean.sensitivity import ALONE, Outcome, plan_trials, run_trials, sensitivity_units
 from lean.switches import disable_quantization, quantized_layers, quantizer_flags
 from qat import calibration, common
+from qat.inference import spread
 from qat.judge import Judge, open_judges
 from qat.recipes import save_recipe
 
@@ -167,7 +168,9 @@ def candidates(model: nn.Module, judge: Judge, frames: int = BENEFIT_FRAMES) -> 
     def note(outcome: Outcome) -> None:
         noise[outcome.trial.unit] += outcome.noise["output"].relative ** 2
 
-    for batch in tqdm(judge.batches()[:frames], "sensitivity", unit="frame", disable=None, leave=False):
+    batches = judge.batches()
+    chosen = [batches[i] for i in spread(len(batches), frames)]
+    for batch in tqdm(chosen, "sensitivity", unit="frame", disable=None, leave=False):
         one = to_device(batch, device)
         run_trials(model, lambda one=one: model(**one), units, note, trials=trials, outputs={"output": OUTPUT})
     return [Candidate(unit.layers, noise[unit.name]) for unit in units]

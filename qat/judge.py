@@ -35,6 +35,7 @@ class Judge:
         self._loader = FrameLoader(dataset, 1, workers, sampler=self.indices)
         self._batches: list[Mapping[str, Any]] = []
         self._reference: list[dict] | None = None
+        self._reference_scores: DetectionScores | None = None
 
     @property
     def tokens(self) -> list[str]:
@@ -62,6 +63,12 @@ class Judge:
                 self._reference = self.detect(model, "float model")
         return self._reference
 
+    def reference_scores(self, model: nn.Module) -> DetectionScores:
+        """Official metrics of `reference`, kept like it."""
+        if self._reference_scores is None:
+            self._reference_scores = self.scores(self.reference(model))
+        return self._reference_scores
+
     def scores(self, results: Sequence[Mapping], tokens: Sequence[str] | None = None) -> DetectionScores:
         """Official metrics of results, over all frames or over `tokens`."""
         frames = [self.dataset.data_infos[index] for index in self.indices]
@@ -82,7 +89,7 @@ class Judge:
         reference, results = self.reference(model), self.detect(model, title)
         if metric == "drift":
             return 100 * (self.drift(reference, results).measures()["disagreement"] or 0.0)
-        before, after = (self.scores(found) for found in (reference, results))
+        before, after = self.reference_scores(model), self.scores(results)
         return 100 * (before.mean_ap - after.mean_ap if metric == "mAP" else before.nds - after.nds)
 
 
