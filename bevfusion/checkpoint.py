@@ -169,8 +169,15 @@ def load_checkpoint(
     if not report.complete and not allow_partial:
         raise InputError(f"{source} does not fit the model of the config: {report}")
     usable = {k: v for k, v in state.items() if k in expected and k not in misshaped}
-    bad = next((k for k, v in usable.items() if not torch.isfinite(v).all()), None)
-    if bad is not None:
-        raise InputError(f"{source}: {bad} holds NaN or infinity")
+    _refuse_bad_values(usable, source)
     model.load_state_dict(usable, strict=False)
     return report
+
+
+def _refuse_bad_values(state: Mapping[str, Tensor], source: str) -> None:
+    bad = tuple(name for name, value in state.items() if not torch.isfinite(value).all())
+    if bad:
+        raise InputError(f"{source}: {_listed(bad)} hold{'s' if len(bad) == 1 else ''} NaN or infinity")
+    bad = tuple(name for name, value in state.items() if name.endswith("running_var") and (value < 0).any())
+    if bad:
+        raise InputError(f"{source}: {_listed(bad)}: a variance is negative")

@@ -10,6 +10,8 @@ from lean.recipe import BranchRecipe, LayerRule, Recipe, ShareRule
 FLOAT_MODEL = "bevfusion.models:build_model"  # makes the float model from the config's `model`
 CAMERA, LIDAR, FUSER, DECODER = "encoders.camera", "encoders.lidar.backbone", "fuser", "decoder"
 
+HEAD_MAPS = ("heads.object.heatmap_head",)  # dense, unlike the head's boxes, whose order changes with the last bits
+
 RESIDUAL_SHARING = (
     # One tensor feeds the first convolution and the shortcut: with one scale TensorRT quantises it once.
     ShareRule("backbone.layer{k}.{j}.conv1", ("backbone.layer{k}.{j}.downsample.0",), optional=True),

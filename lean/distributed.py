@@ -1,9 +1,10 @@
 """The processes of one run: `torchrun` starts them, each takes a share of the frames, the first writes files."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,16 @@ def local_device(device: torch.device) -> torch.device:
             "start as many processes as there are GPUs"
         )
     return torch.device("cuda", local)
+
+
+def gathered(mine: Iterable[Any]) -> list[Any]:
+    """What all processes of the run have, those of the first one first; every process has to ask for it."""
+    mine = list(mine)
+    if not (dist.is_available() and dist.is_initialized()):
+        return mine
+    everyone: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return [item for items in everyone for item in items]
 
 
 @contextmanager

@@ -43,6 +43,11 @@ def fold_sparse(backbone: nn.Module) -> list[Pair]:
     return _fold(backbone, SPARSE, SPARSE_NORMS)
 
 
+def foldable(model: nn.Module) -> list[Pair]:
+    """Return the pairs that `fold_sparse` and `fold_dense` would fold."""
+    return [*_pairs(model, SPARSE, SPARSE_NORMS), *_pairs(model, DENSE, DENSE_NORMS)]
+
+
 def fold_pair(conv: nn.Module, norm: nn.Module) -> None:
     """Fold `norm` (evaluation mode: running statistics) into `conv`, giving it new parameters.
 
@@ -82,12 +87,7 @@ def _along_outputs(scale: Tensor, conv: nn.Module) -> Tensor:
 
 def _fold(model: nn.Module, convs: tuple, norms: tuple) -> list[Pair]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    pairs = [
-        Pair(*(f"{parent}.{child}".lstrip(".") for child in pair))
-        for parent, module in modules.items()
-        for pair in _pairs_in(module)
-        if isinstance(getattr(module, pair[0]), convs) and isinstance(getattr(module, pair[1]), norms)
-    ]
+    pairs = _pairs(model, convs, norms)
     places = Counter(modules.values())
     for pair in pairs:
         for name in pair:
@@ -102,6 +102,15 @@ def _fold(model: nn.Module, convs: tuple, norms: tuple) -> list[Pair]:
     folded = {pair.norm for pair in pairs}
     replace_modules(model, lambda name, _: nn.Identity() if name in folded else None)
     return pairs
+
+
+def _pairs(model: nn.Module, convs: tuple, norms: tuple) -> list[Pair]:
+    return [
+        Pair(*(f"{parent}.{child}".lstrip(".") for child in pair))
+        for parent, module in model.named_modules(remove_duplicate=False)
+        for pair in _pairs_in(module)
+        if isinstance(getattr(module, pair[0]), convs) and isinstance(getattr(module, pair[1]), norms)
+    ]
 
 
 def _pairs_in(module: nn.Module) -> Iterator[tuple[str, str]]:

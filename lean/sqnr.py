@@ -43,6 +43,11 @@ class Noise:
         return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
 
     @property
+    def is_finite(self) -> bool:
+        """Whether neither signal nor noise holds NaN or infinity."""
+        return math.isfinite(self.signal) and math.isfinite(self.noise)
+
+    @property
     def relative(self) -> float:
         """L2 norm of the noise over that of the signal."""
         return 10 ** (-self.sqnr_db / 20)

@@ -19,17 +19,16 @@ from lean.calibrate import calibrate_weights, check_calibrated, model_device
 from lean.checked_file import need_safetensors
 from lean.distributed import local_world, rank
 from lean.files import check_writable
-from lean.matching import matches
 from lean.quantize import calibrate_model, set_quantizer_fast
 from lean.ranges import Method, set_amax
 from lean.recipe import Recipe
 from lean.statistics import Statistics
-from lean.status import layer_status
 from lean.switches import disable_layers, named_quantizers, quantizer_flags
 from qat import common
 from qat.collection import collect, forward_of, partial_file
-from qat.frames import Frames
+from qat.frames import Frames, choose_frames
 from qat.saving import outputs
+from qat.stopping import explained_failures
 
 RECORDED = ("torch", "numpy", "pytorch-quantization", "mmcv-full", "mmdet3d", "spconv", "spconv-cu126")
 
@@ -47,6 +46,20 @@ def check_outputs(args: argparse.Namespace) -> None:
         check_writable(args.stats, "--stats")
     if args.save_recipe:
         check_writable(args.save_recipe, "--save-recipe")
+
+
+def find_frames(cfg: Mapping[str, Any], args: argparse.Namespace, seed: int) -> Frames | None:
+    """Choose the frames to run over, and say how many there are; None with `--from-stats`.
+
+    Raises:
+        InputError: the data can't be used.
+    """
+    if args.from_stats:
+        print(f"statistics: {args.from_stats}")
+        return None
+    frames = choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed, args.on_bad_frame == "skip")
+    print(frames.describe())
+    return frames
 
 
 def choose_workers(args: argparse.Namespace, device: torch.device) -> int:
@@ -146,18 +159,19 @@ def _calibrate_stock(model: nn.Module, frames: Frames, method: Method, args: arg
     device = model_device(model)
     loader = calibration_loader(frames.dataset, frames.indices, batch_size=1, workers=workers, seed=frames.seed)
     set_quantizer_fast(model)
-    calibrate_model(
-        model,
-        loader,
-        device,
-        forward_of(model),
-        len(frames.indices),
-        method=method,
-        calibrator="stock",
-        weight_method=args.weight_method,
-        progress=lambda batches, total: tqdm(batches, "calibrate", total, unit="frame", smoothing=0.1),
-        percentile=args.percentile,
-    )
+    with explained_failures(lambda: "calibration", device):
+        calibrate_model(
+            model,
+            loader,
+            device,
+            forward_of(model),
+            len(frames.indices),
+            method=method,
+            calibrator="stock",
+            weight_method=args.weight_method,
+            progress=lambda batches, total: tqdm(batches, "calibrate", total, unit="frame", smoothing=0.1),
+            percentile=args.percentile,
+        )
 
 
 def disable(model: nn.Module, recipe: Recipe, patterns: Sequence[str]) -> None:
@@ -185,6 +199,7 @@ def provenance(
             "seed": made["seed"],
             "tokens": tokens,
             "sha256": hashlib.sha256("\n".join(tokens).encode()).hexdigest(),
+            "replaced": dict(made.get("replaced", {})),
         },
         "versions": versions(),
     }
@@ -194,21 +209,3 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {distribution.metadata["Name"]: distribution.version for distribution in metadata.distributions()}
     return {"python": platform.python_version(), **{name: found[name] for name in RECORDED if name in found}}
-
-
-def branch_table(model: nn.Module, recipe: Recipe) -> str:
-    """Lay out per branch how many layers are quantised and disabled, and the range of their amax."""
-    rows = []
-    for branch in recipe.branches:
-        layers = [layer for layer in layer_status(model) if matches(layer.name, [branch.path, f"{branch.path}.*"])]
-        active = [layer for layer in layers if not layer.disabled]
-        inputs = [layer.input_amax for layer in active]
-        weights = [bound for layer in active if layer.weight_amax for bound in layer.weight_amax]
-        disabled = ", ".join(layer.name.removeprefix(f"{branch.path}.") for layer in layers if layer.disabled)
-        rows.append((branch.path, len(active), disabled or "-", _range(inputs), _range(weights)))
-    headers = ("branch", "int8 layers", "left float", "input amax", "weight amax")
-    return common.format_table(headers, rows, right=("int8 layers",))
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.3g} .. {max(values):.3g}" if values else "-"

@@ -1,9 +1,11 @@
 """Running the calibration frames through the model: progress, saving on the way, going on, several processes."""
 
-import signal
+import itertools
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,19 @@ from torch import nn
 from tqdm import tqdm
 
 from bevfusion.data import calibration_loader, to_device
+from bevfusion.errors import InputError
 from lean.calibrate import Forward, input_quantizers, model_device, observe, observing
-from lean.distributed import rank, world
+from lean.distributed import gathered, rank, world
+from lean.errors import QuantizationError
 from lean.matching import matches
 from lean.observer import Observers
 from lean.statistics import Statistics
 from qat.frames import Frames
+from qat.stopping import deferred_signals, explained_failures
+
+Place = tuple[int, int]  # a frame's position in the run, and its index in the data set
+
+logger = logging.getLogger("qat")
 
 
 def partial_file(save: Path) -> Path:
@@ -36,6 +45,10 @@ def collect(
 ) -> Statistics:
     """Let the model's input quantizers observe the frames; the processes of a run share them, and get all statistics.
 
+    Where `frames.skip_bad`, frames that can't be read are replaced by spares, in the order of their positions, after
+    all others have run: that depends neither on workers nor on processes. The `made_of` of the statistics then holds
+    the frames that ran, and `replaced`: token -> token of the frame that ran instead, None if there was none left.
+
     Args:
         made_of: what the statistics depend on, see `Statistics`.
         partial: file that keeps what was collected when the run is interrupted, and every `save_every` frames (0: not).
@@ -43,41 +56,119 @@ def collect(
         workers: data loading processes of each process.
 
     Raises:
-        InputError: a frame can't be read.
-        QuantizationError: NaN or infinity in a frame, `partial` comes from another run or can't be written, or another
-            process of the run has died.
+        InputError: a frame can't be read, or a data loading process was killed.
+        QuantizationError: NaN or infinity in a frame, memory ran out, `partial` comes from another run or can't be
+            written, or another process of the run has died.
         KeyboardInterrupt: the user stopped it; a run of one process has saved what it has then.
     """
     start = _saved(partial, made_of) if resume and partial.exists() else Statistics({}, 0, made_of)
-    total, positions = len(frames.indices), range(start.frames + rank(), len(frames.indices), world())
-    loader = calibration_loader(
-        frames.dataset, [frames.indices[i] for i in positions], batch_size=1, workers=workers, seed=frames.seed
-    )
-
-    def save(observers: Observers, done: int) -> None:
-        statistics = Statistics(observers.statistics(summed=True), done, made_of)
+    total = len(frames.indices)
+    places = [(position, frames.indices[position]) for position in range(start.frames + rank(), total, world())]
+    kept = start.frames
+    with _hint(partial, lambda: kept), observing(model) as observers, deferred_signals() as asked:
+        run = _Run(model, frames, observers, workers)
         if rank() == 0:
-            statistics.save(partial)
+            run.unreadable += start.made_of.get("unreadable", ())
+            if start.frames:
+                observers.load(start.histograms)
 
-    def progress(batches, total):
-        return tqdm(batches, "calibrate", total, unit="frame", smoothing=0.1, disable=rank() > 0)
+        def save(done: int) -> None:
+            nonlocal kept
+            found, unreadable = observers.statistics(summed=True), sorted(gathered(run.unreadable))
+            if rank() == 0:
+                Statistics(found, done, {**made_of, "unreadable": unreadable}).save(partial)
+            kept = done
 
-    with _hint(partial), observing(model) as observers, _deferred_interrupt() as interrupted:
-        if start.frames and rank() == 0:
-            observers.load(start.histograms)
+        def after_frame(number: int) -> None:
+            done = start.frames + number * world()  # by all processes, as all have as many
+            if asked() and world() == 1:
+                save(done)
+                raise asked()
+            if save_every and done < total and number * world() % save_every < world():
+                save(done)
+
+        run(places, "calibrate", after_frame)
+        ran = list(frames.indices)
+        if bad := sorted(gathered(run.unreadable)):
+            save(total)
+            ran = _replace(run, bad, asked)
+        return Statistics(observers.statistics(summed=True), total, _ran(made_of, frames, ran))
+
+
+@dataclass
+class _Run:
+    """Runs frames through a model whose quantizers observe; `unreadable`: positions of those that could not be read."""
+
+    model: nn.Module
+    frames: Frames
+    observers: Observers
+    workers: int
+    unreadable: list[int] = field(default_factory=list)
+
+    def __call__(self, places: Sequence[Place], title: str, after_frame: Callable[[int], None]) -> None:
+        """Run the frames at `places`; `after_frame` is called with how many have run, and may raise."""
+        if not places:
+            return
+        device, frames = model_device(self.model), self.frames
+        indices = [index for _, index in places]
+        loader = calibration_loader(
+            frames.dataset, indices, workers=self.workers, seed=frames.seed, keep_errors=frames.skip_bad
+        )
+        at, run = places[0], forward_of(self.model)
+
+        def forward(model: nn.Module, one: tuple[Place, Any]) -> None:
+            nonlocal at
+            at, batch = one
+            if isinstance(batch, InputError):
+                logger.warning("%s; another frame is taken instead", batch)
+                self.unreadable.append(at[0])
+            else:
+                run(model, batch)
 
         def after_batch(number: int, _: Any) -> None:
-            observers.check_finite(f"frame {frames.tokens[positions[number - 1]]}")
-            done = start.frames + number * world()  # by all processes, as all have as many
-            if interrupted() and world() == 1:
-                save(observers, done)
-                raise KeyboardInterrupt
-            if save_every and done < total and number * world() % save_every < world():
-                save(observers, done)
+            self.observers.check_finite(f"frame {frames.token(at[1])}")
+            after_frame(number)
 
-        if positions:
-            observe(model, loader, len(positions), forward_of(model), progress, after_batch)
-        return Statistics(observers.statistics(summed=True), total, made_of)
+        def progress(batches, total):
+            return tqdm(batches, title, total, unit="frame", smoothing=0.1, disable=rank() > 0)
+
+        with explained_failures(lambda: f"frame {frames.token(at[1])}", device):
+            observe(self.model, zip(places, loader, strict=False), len(places), forward, progress, after_batch)
+
+
+def _replace(run: _Run, bad: list[int], asked: Callable[[], type[BaseException] | None]) -> list[int | None]:
+    """Run spares for the frames at positions `bad`, of all processes; the indices of what ran, None where nothing did.
+
+    Raises:
+        InputError: no frame of the run could be read, and there are no spares.
+    """
+    ran: list[int | None] = list(run.frames.indices)
+    spares = iter(run.frames.spares)
+
+    def after_frame(_: int) -> None:
+        if asked():
+            raise asked()
+
+    while bad:
+        chosen = dict(itertools.zip_longest(bad, itertools.islice(spares, len(bad))))
+        for position, index in chosen.items():
+            ran[position] = index
+        places = [place for place in chosen.items() if place[1] is not None]
+        run.unreadable.clear()
+        run(places[rank() :: world()], "replace", after_frame)
+        bad = sorted(gathered(run.unreadable))
+    if not any(index is not None for index in ran):
+        raise InputError(f"none of the {len(ran)} frames can be read, and no others are left")
+    return ran
+
+
+def _ran(made_of: Mapping[str, Any], frames: Frames, ran: Sequence[int | None]) -> dict[str, Any]:
+    """`made_of` with the frames that ran."""
+    tokens = [None if index is None else frames.token(index) for index in ran]
+    replaced = {old: new for old, new in zip(frames.tokens, tokens, strict=True) if old != new}
+    if not replaced:
+        return dict(made_of)
+    return {**made_of, "frames": [token for token in tokens if token is not None], "replaced": replaced}
 
 
 def forward_of(model: nn.Module) -> Forward:
@@ -95,37 +186,16 @@ def _saved(partial: Path, made_of: Mapping[str, Any]) -> Statistics:
 
 
 @contextmanager
-def _hint(partial: Path) -> Iterator[None]:
-    """Say on interruption how to go on."""
+def _hint(partial: Path, kept: Callable[[], int]) -> Iterator[None]:
+    """Say how to go on, if something is kept of a run that was stopped."""
+    how = f"{partial} keeps {{}} frames: the same command with --resume goes on"
     try:
         yield
     except KeyboardInterrupt:
-        if rank() == 0 and partial.exists():
-            print(f"\n{partial} keeps what was collected: the same command with --resume goes on", file=sys.stderr)
+        if rank() == 0 and kept():
+            print(f"\n{how.format(kept())}", file=sys.stderr)
         raise
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the frame at hand be finished on Ctrl-C, so that its statistics are whole; a second Ctrl-C stops at once.
-
-    Yields what tells whether it was pressed. Of several processes none can save alone: they stop at once.
-    """
-    if world() > 1:
-        yield lambda: False
-        return
-    pressed = []
-
-    def note(*_: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-        print("\nstopping after this frame; once more to stop now", file=sys.stderr)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+    except (InputError, QuantizationError) as error:
+        if rank() == 0 and kept():
+            raise type(error)(f"{error}; {how.format(kept())}") from error
+        raise

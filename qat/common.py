@@ -45,6 +45,10 @@ class VerificationError(Exception):
     """A result that is not what it should be, through no fault of the input: says what differs, in one line."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever a Ctrl-C does happens, and the exit status tells them apart."""
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds to the help of an option its default, if it has one that tells something."""
 
@@ -210,15 +214,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Call a script's `main` and exit with what it returns (None: 0).
 
     Bad input becomes one line on stderr and status 2, a result that fails its verification status 3, an interruption
-    130. A bug keeps its traceback.
+    130, SIGTERM 143. A bug keeps its traceback.
     """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main()
         sys.stdout.flush()
         sys.exit(status)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -232,6 +238,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         logger.debug("stopped by bad input", exc_info=True)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
 
 
 def _explain(error: Exception) -> str | None:

@@ -1,14 +1,15 @@
 """The frames that calibration runs over."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from bevfusion.data import build_dataset, calibration_dataset, calibration_frames, frames_of
+from bevfusion.data import build_dataset, calibration_dataset, calibration_frames, calibration_loader, frames_of
 from bevfusion.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ class Frames:
         asked: how many were asked for.
         indices: into `frames_of(dataset)`, in the order of the run.
         tokens: sample tokens, in the same order.
+        spares: indices of all other frames, in the order in which they replace frames that can't be read.
+        skip_bad: whether they do; else such a frame stops the run.
         available, samples, validation: distinct training frames, training samples (a wrapper may repeat frames),
             and validation frames, None where the config's validation info file is missing or can't be read.
     """
@@ -34,6 +37,12 @@ class Frames:
     available: int
     samples: int
     validation: int | None
+    spares: tuple[int, ...] = ()
+    skip_bad: bool = False
+
+    def token(self, index: int) -> str:
+        """Sample token of the frame at `index` of the data set."""
+        return frames_of(self.dataset).data_infos[index].token
 
     def describe(self) -> str:
         """Numbers of training and validation samples, and of the frames chosen."""
@@ -44,8 +53,8 @@ class Frames:
         return "\n".join(lines)
 
 
-def choose_frames(cfg: Mapping[str, Any], pipeline: str, count: int, seed: int) -> Frames:
-    """Open the training data and choose `count` frames, spread over all scenes, by the seed alone.
+def choose_frames(cfg: Mapping[str, Any], pipeline: str, count: int, seed: int, skip_bad: bool = False) -> Frames:
+    """Open the training data and choose `count` frames, spread over all scenes, and spares, by the seed alone.
 
     Raises:
         InputError: the data can't be used.
@@ -64,7 +73,30 @@ def choose_frames(cfg: Mapping[str, Any], pipeline: str, count: int, seed: int) 
         available=len(infos),
         samples=len(dataset),
         validation=_count_validation(cfg),
+        spares=_spares(len(infos), indices, seed),
+        skip_bad=skip_bad,
     )
+
+
+def first_readable(frames: Frames) -> tuple[str, dict[str, Any]]:
+    """Token and batch of the first frame of the run, or where `skip_bad` the first that can be read.
+
+    Raises:
+        InputError: the first can't be read, or none can.
+    """
+    loader = calibration_loader(frames.dataset, frames.indices, seed=frames.seed, keep_errors=frames.skip_bad)
+    first = None
+    for token, batch in zip(frames.tokens, loader, strict=False):
+        if not isinstance(batch, InputError):
+            return token, batch
+        first = first or batch
+    raise InputError(f"none of the {len(frames.tokens)} frames can be read; the first: {first}")
+
+
+def _spares(count: int, chosen: Sequence[int], seed: int) -> tuple[int, ...]:
+    """The numbers below `count` that are not `chosen`, in an order that the seed gives."""
+    others = np.setdiff1d(np.arange(count), chosen)
+    return tuple(np.random.default_rng((seed, 1)).permutation(others).tolist())
 
 
 def _count_validation(cfg: Mapping[str, Any]) -> int | None:

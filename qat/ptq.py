@@ -79,6 +79,13 @@ def parse_args() -> argparse.Namespace:
         action="store_false",
         help="don't load what was saved in a fresh process to compare it with the model in memory",
     )
+    parser.add_argument(
+        "--on-bad-frame", choices=("stop", "skip"), default="stop", help="skip: replace frames that can't be read"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    parser.add_argument(
+        "--no-checks", dest="checks", action="store_false", help="don't run a frame to prove folding and measure noise"
+    )
     parser.add_argument("--allow-partial", action="store_true", help="go on with a checkpoint that lacks weights")
     parser.add_argument(
         "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
@@ -94,6 +101,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     """Refuse options that don't go together."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     alone = {"--stats": args.stats, "--resume": args.resume, "--from-stats": args.from_stats, "torchrun": several}
+    alone["--on-bad-frame skip"] = args.on_bad_frame == "skip"
     for name, given in alone.items():
         if args.calibrator == "stock" and given:
             parser.error(f"--calibrator stock can't be used with {name}: its histograms can't be saved or added up")
@@ -110,11 +118,11 @@ def main() -> None:
     steps = common.Steps()
     with steps.step("import"):
         from lean.distributed import local_device, process_group, rank
-        from lean.fold import fold_dense, fold_sparse
-        from qat import auto, calibration, saving, verification
-        from qat.frames import choose_frames
+        from qat import auto, calibration, gates, saving, verification
         from qat.improve import improve
+        from qat.preflight import left_float, plan, preflight
         from qat.recipes import insert_by_recipe
+        from qat.summary import summary
 
     calibration.check_outputs(args)
     reporting.check_report_arguments(args)
@@ -128,17 +136,19 @@ def main() -> None:
             with steps.step("load checkpoint"):
                 model, checkpoint = calibration.load_float_model(cfg, args)
             with steps.step("find frames"):
-                frames = (
-                    None if args.from_stats else choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
-                )
+                frames = calibration.find_frames(cfg, args, seed)
                 judges = auto.prepare(args, cfg, seed, calibration.choose_workers(args, device))
-                print(frames.describe() if frames else f"statistics: {args.from_stats}")
             with steps.step("insert quantizers"):
-                recipe = insert_by_recipe(model, args)
+                recipe, inserted = insert_by_recipe(model, args)
+            with steps.step("preflight"):
+                preflight(model, frames, args.save, device)
+            if args.dry_run:
+                print(plan(model, left_float(model, inserted, recipe, args.disable), frames, args.save))
+                return
             with steps.step("fold batch norm"):
-                fold_sparse(model)
-                fold_dense(model)
                 model.to(device)
+                sample = gates.load_sample(frames, device) if frames and args.checks and rank() == 0 else None
+                print(gates.fold(model, recipe, sample))
             with steps.step("calibrate"):
                 made = calibration.made_of(args, cfg, recipe, frames, checkpoint)
                 workers = calibration.choose_workers(args, device)
@@ -148,18 +158,20 @@ def main() -> None:
             return
         with steps.step("choose what stays float"):
             recipe, found = auto.choose_layers(model, recipe, judges, args)
+        with steps.step("disable and check"):
+            calibration.disable(model, recipe, args.disable)
+            improved = improve(model, frames, args)
+            measured = gates.check(model, recipe, sample)
         with saving.staged(args.save) as staging:
-            with steps.step("disable and save"):
+            with steps.step("save"):
                 made = statistics.made_of if statistics else made
-                calibration.disable(model, recipe, args.disable)
-                improved = improve(model, frames, args)
                 made_of = calibration.provenance(args, cfg, recipe, method, made) | auto.record(found) | improved
                 files = saving.write(model, args.save, staging, made_of)
             with steps.step("verify"):
                 verified = verification.verify(model, files, frames) if args.verify else "not verified (--no-verify)"
 
         saving.warn_if_replaced(args.ckpt, checkpoint)
-        print(calibration.branch_table(model, recipe))
+        print(summary(model, recipe, left_float(model, inserted, recipe, args.disable), measured, made))
         print(steps.table())
         if found:
             print(f"{found.describe()}\nrecipe: {auto.recipe_file(args.save)}")

@@ -12,26 +12,26 @@ from lean.bevfusion_recipe import default_recipe
 from lean.distributed import rank
 from lean.errors import QuantizationError
 from lean.files import atomic_write
-from lean.insert import insert_quantizers
+from lean.insert import Inserted, insert_quantizers
 from lean.matching import select
 from lean.recipe import MethodRule, Recipe
 from lean.switches import named_quantizers
 from qat.calibration import check_disable
 
 
-def insert_by_recipe(model: nn.Module, args: argparse.Namespace) -> Recipe:
-    """Quantise the float `model` in place as `--recipe` says, write `--save-recipe`, and return the recipe.
+def insert_by_recipe(model: nn.Module, args: argparse.Namespace) -> tuple[Recipe, Inserted]:
+    """Quantise the float `model` in place as `--recipe` says, write `--save-recipe`; the recipe and what became of it.
 
     Raises:
         QuantizationError: the recipe can't be used, or doesn't fit the model; nothing is written then.
     """
     recipe = choose_recipe(args.recipe, model)
-    insert_quantizers(model, recipe)
+    inserted = insert_quantizers(model, recipe)
     check_methods(model, recipe)
     check_disable(model, recipe, args.disable)
     if args.save_recipe and rank() == 0:
         save_recipe(with_options(recipe, args), args.save_recipe)
-    return recipe
+    return recipe, inserted
 
 
 def choose_recipe(path: Path | None, model: nn.Module) -> Recipe:

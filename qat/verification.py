@@ -15,12 +15,12 @@ import torch
 from spconv.pytorch import SparseConvTensor
 from torch import Tensor, nn
 
-from bevfusion.data import calibration_loader, to_device
+from bevfusion.data import to_device
 from lean.calibrate import evaluating, model_device
 from lean.structure import describe, stored_tensors
 from lean.switches import quantized_layers
 from qat.common import VerificationError
-from qat.frames import Frames
+from qat.frames import Frames, first_readable
 from qat.inference import load_model
 from qat.made_up import made_up_batch
 
@@ -63,9 +63,8 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None) -> st
 
 
 def first_batch(frames: Frames) -> dict:
-    """The first calibration frame, as the model takes it."""
-    loader = calibration_loader(frames.dataset, frames.indices[:1], batch_size=1, workers=0, seed=frames.seed)
-    return to_device(next(iter(loader)), CPU)
+    """The first calibration frame that can be read, as the model takes it."""
+    return to_device(first_readable(frames)[1], CPU)
 
 
 def report(model: nn.Module, batch: Mapping[str, Any] | None) -> Report:

@@ -12,6 +12,7 @@ from bevfusion.data.loader import (
 )
 from bevfusion.data.nuscenes import NuScenesDataset
 from bevfusion.data.pickles import load_pickle
+from bevfusion.data.readable import unreadable_frames
 from bevfusion.data.wrappers import CBGSDataset, build_dataset
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "load_pickle",
     "pipelines",
     "to_device",
+    "unreadable_frames",
 ]

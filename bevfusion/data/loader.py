@@ -65,13 +65,21 @@ class FrameLoader:
         batch_size: frames a batch; the last batch may be smaller.
         workers: number of processes that load; 0 loads in this one.
         sampler: indices in order; all of them if None.
+        keep_errors: yield the InputError of a batch that can't be loaded in its place, instead of raising it.
 
     Raises:
         InputError: while iterating, a file is missing or damaged.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, workers: int, sampler: Iterable[int] | None = None):
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        workers: int,
+        sampler: Iterable[int] | None = None,
+        keep_errors: bool = False,
+    ):
+        self.dataset, self.keep_errors = dataset, keep_errors
         collate = partial(_collate, batch_size=batch_size)
         self.batches = DataLoader(
             _Guarded(dataset),
@@ -86,9 +94,9 @@ class FrameLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | InputError]:
         for batch in self.batches:
-            if isinstance(batch, InputError):
+            if isinstance(batch, InputError) and not self.keep_errors:
                 raise batch
             yield batch
 
@@ -206,14 +214,20 @@ def _spread(scene: Sequence[int], count: int, generator: np.random.Generator) ->
 
 
 def calibration_loader(
-    dataset: Dataset, indices: Sequence[int], batch_size: int = 1, workers: int = 0, seed: int = 0
+    dataset: Dataset,
+    indices: Sequence[int],
+    batch_size: int = 1,
+    workers: int = 0,
+    seed: int = 0,
+    keep_errors: bool = False,
 ) -> FrameLoader:
     """Batches over the frames `indices` of `frames_of(dataset)`, in this order.
 
     Every frame is augmented under a random state that depends on the seed and the frame alone: the number of workers,
-    the batch size and the frames before it change nothing. Frames without objects are kept.
+    the batch size and the frames before it change nothing. Frames without objects are kept. `keep_errors`: see
+    `FrameLoader`.
     """
-    return FrameLoader(_SeededFrames(frames_of(dataset), indices, seed), batch_size, workers)
+    return FrameLoader(_SeededFrames(frames_of(dataset), indices, seed), batch_size, workers, keep_errors=keep_errors)
 
 
 class _SeededFrames(Dataset):
