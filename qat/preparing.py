@@ -92,7 +92,7 @@ def _calibrated(cfg: Mapping[str, Any], args: argparse.Namespace, device: torch.
     model, checkpoint = calibration.load_float_model(cfg, args)
     frames = None if known else choose_frames(cfg, args.calib_pipeline, args.calibrate_batch, seed)
     print(frames.describe() if frames else f"statistics: {args.stats}")
-    recipe = insert_by_recipe(model, options)
+    recipe, _ = insert_by_recipe(model, options)
     select(args.only, quantized_layers(model), "--only")
     fold_sparse(model)
     fold_dense(model)
