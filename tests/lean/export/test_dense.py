@@ -163,9 +163,18 @@ QUANTISED = [("camera.backbone", "model.", 63), ("fuser", "parent.", 14)]
 def test_each_quantised_layer_equals_the_model_s_on_what_reaches_it(model, files, activations, name, prefix, count):
     layers = list(layers_run_alone(model, files(DenseOptions("weak"))[name].path, activations[name], prefix))
     assert len(layers) == count
+    clear = places = 0
     for layer_name, layer, before, after in layers:
         with torch.no_grad():
-            assert distance(after, layer(before)) < 1e-3, layer_name
+            wanted = layer(before)
+        assert distance(after, wanted) < 1e-3, layer_name
+        largest = wanted.topk(2, dim=1).values
+        step = layer._input_quantizer.amax / 127 * layer.weight.abs().max()  # what one flipped rounding can change
+        apart = largest[:, 0] - largest[:, 1] > step
+        same = torch.from_numpy(after).argmax(1) == wanted.argmax(1)
+        assert same[apart].all(), layer_name
+        clear, places = clear + apart.sum(), places + apart.numel()
+    assert clear > 0.2 * places
 
 
 @pytest.mark.parametrize(("name", "prefix", "count"), QUANTISED)
