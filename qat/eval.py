@@ -66,7 +66,7 @@ def main() -> None:
         raise common.UsageError(f"--onnx {args.onnx}: no such folder; qat/export.py writes one")
     files = [args.results] if args.results else [file for file in (args.onnx or args.ckpt, args.compare) if file]
     outputs, dumps = output_files(args.out, len(files)), output_files(args.dump, len(files))
-    reporting.check_report_arguments(args)
+    reporting.check_report_arguments(args, files)
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
     common.make_repeatable(cfg.get("seed", 0) if args.seed is None else args.seed)

@@ -66,9 +66,12 @@ def detections(
 ) -> dict[str, Any]:
     """The sections of a report that come from the results of both models: drift and pictures."""
     chosen = spread(len(frames), PICTURES)
+    pairs = zip(before, after, strict=True)
+    drifts = (measure_drift(Boxes.of(a), Boxes.of(b), len(dataset.CLASSES)) for a, b in pairs)
+    drift = sum(drifts, Drift.none(len(dataset.CLASSES))).to_dict(dataset.CLASSES)
     drawn = ([some[index] for index in chosen] for some in (frames, before, after))
     return {
-        "drift": drift_section(before, after, dataset.CLASSES),
+        "drift": drift_section(drift, len(frames)),
         "colours": pictures.class_colours(dataset.CLASSES),
         "pictures": pictures.compare(dataset, *drawn),
     }
@@ -110,16 +113,13 @@ def measure(
     return Findings(dataset, frames, measured.layers["both"], outputs, macs, results[True], results[False])
 
 
-def drift_section(before: Sequence[Mapping], after: Sequence[Mapping], classes: Sequence[str]) -> dict[str, Any]:
-    """The section `drift` of a report from the results of both models on the same frames."""
-    pairs = zip(before, after, strict=True)
-    drifts = (measure_drift(Boxes.of(a), Boxes.of(b), len(classes)) for a, b in pairs)
-    found = sum(drifts, Drift.none(len(classes))).to_dict(classes)
-    groups = [{"title": "By class", "rows": [_row("all", found)]}, {"title": "By distance", "rows": []}]
+def drift_section(drift: Mapping[str, Any], frames: int) -> dict[str, Any]:
+    """The section `drift` of a report, from `Drift.to_dict` over so many frames."""
+    groups = [{"title": "By class", "rows": [_row("all", drift)]}, {"title": "By distance", "rows": []}]
     for group, key in zip(groups, ("by_class", "by_range"), strict=True):
-        group["rows"] += [_row(name, values) for name, values in found[key].items() if values["boxes"]]
+        group["rows"] += [_row(name, values) for name, values in drift[key].items() if values["boxes"]]
     columns = [{"title": title, "digits": digits} for title, digits, _ in MEASURES.values()]
-    return {"note": DRIFT_NOTE.format(frames=len(before)), "columns": columns, "groups": groups}
+    return {"note": DRIFT_NOTE.format(frames=frames), "columns": columns, "groups": groups}
 
 
 def _row(name: str, values: Mapping[str, float | None]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
     )
-    reporting.add_report_arguments(parser)
+    reporting.add_report_arguments(parser, add=False)
     mixed_options.add_auto_arguments(parser)
     mixed_options.add_improvement_arguments(parser)
     common.add_run_arguments(parser)
@@ -120,6 +120,7 @@ def main() -> None:
         from lean.distributed import local_device, process_group, rank
         from qat import auto, calibration, gates, saving, verification
         from qat.improve import improve
+        from qat.model_report import report_model
         from qat.preflight import left_float, plan, preflight
         from qat.recipes import insert_by_recipe
         from qat.summary import summary
@@ -178,7 +179,7 @@ def main() -> None:
         print(verified)
         for path in saving.outputs(args.save):
             print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-        reporting.report_model(args, model, cfg, statistics, device, steps, saving.outputs(args.save), workers)
+        report_model(args, model, cfg, statistics, device, steps, saving.outputs(args.save), workers)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ def main() -> None:
     """Load, measure, write."""
     args = parse_arguments()
     common.set_up_logging(args)
-    reporting.check_report_arguments(args)
+    reporting.check_report_arguments(args, [args.ckpt])
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
     common.make_repeatable(cfg.get("seed", 0) if args.seed is None else args.seed)
 
     from lean.statistics import Statistics
     from qat.inference import load_model
+    from qat.model_report import report_model
 
     steps = common.Steps()
     with steps.step("load model"):
@@ -46,7 +47,7 @@ def main() -> None:
         if statistics:
             statistics.refuse_other({"checkpoint": made_of["checkpoint"]["sha256"]}, f"--stats {args.stats}")
     workers = common.choose_workers(args.workers, device)
-    reporting.report_model(args, model, cfg, statistics, device, steps, [args.ckpt], workers)
+    report_model(args, model, cfg, statistics, device, steps, [args.ckpt], workers)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,26 @@ from qat import common
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from bevfusion.data import NuScenesDataset
     from bevfusion.evaluation import DetectionScores
-    from lean.statistics import Statistics
 
 FRAMES = 4
 
 
-def add_report_arguments(parser: argparse.ArgumentParser, frames: bool = True) -> None:
-    """Add --report and what goes with it; `frames`: the script runs frames of its own for the report."""
+def add_report_arguments(parser: argparse.ArgumentParser, frames: bool = True, add: bool = True) -> None:
+    """Add --report and what goes with it.
+
+    Args:
+        frames: the script runs frames of its own for the report.
+        add: it describes a model that was there before, so that there may be a report on it.
+    """
     parser.add_argument("--report", metavar="DIR", type=Path, help="write a report there: index.html and report.json")
     parser.add_argument("--force", action="store_true", help="replace a report that is in DIR")
-    parser.add_argument("--add", action="store_true", help="add to the report that is in DIR, of the same model")
+    if add:
+        parser.add_argument("--add", action="store_true", help="add to the report that is in DIR, of the same model")
+    else:
+        parser.set_defaults(add=False)
     if frames:
         parser.add_argument(
             "--report-frames",
@@ -35,12 +41,16 @@ def add_report_arguments(parser: argparse.ArgumentParser, frames: bool = True) -
         )
 
 
-def check_report_arguments(args: argparse.Namespace) -> None:
+def check_report_arguments(args: argparse.Namespace, models: Sequence[str] = ()) -> None:
     """Refuse, before the long part of a run, a folder that the report can't be written to.
+
+    Args:
+        models: files that the report is on.
 
     Raises:
         UsageError: options that don't go together.
-        QuantizationError: see `lean.report.files.check_folder`.
+        InputError: there is no such model file.
+        QuantizationError: see `lean.report.files.check_folder`; or --add, and the report there is of another model.
     """
     if args.report is None:
         if args.force or args.add:
@@ -51,6 +61,11 @@ def check_report_arguments(args: argparse.Namespace) -> None:
     from lean.report.files import check_folder
 
     check_folder(args.report, force=args.force, add=args.add)
+    if args.add:
+        from lean.report.files import read
+        from lean.report.merge import refuse_other_model
+
+        refuse_other_model(read(args.report), {"files": file_entries(models)})
 
 
 def write_report(args: argparse.Namespace, report: Mapping[str, Any]) -> None:
@@ -97,101 +112,9 @@ def file_entry(role: str, path: str | Path) -> dict[str, Any]:
     return {"role": role, "name": str(path), "bytes": Path(path).stat().st_size, "sha256": digest(path)}
 
 
-def float_entry(checkpoint: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The checkpoint that a model was made of, unless it is gone or another one by now."""
-    if not Path(checkpoint["file"]).is_file():
-        return []
-    entry = file_entry("float", checkpoint["file"])
-    return [entry] if entry["sha256"] == checkpoint["sha256"] else []
-
-
-def model_sections(
-    model: "nn.Module",
-    cfg: Mapping[str, Any],
-    statistics: "Statistics | None",
-    device: "torch.device",
-    frames: int,
-    workers: int,
-    without_data: bool = False,
-) -> dict[str, Any]:
-    """The sections of a report that describe a quantised model with its attribute `ptq`, measured on `frames` frames.
-
-    Args:
-        without_data: leave out, with a note, what needs frames if they can't be read.
-
-    Raises:
-        InputError: a frame can't be read.
-    """
-    from bevfusion.errors import InputError
-    from lean.report.charts import charts
-    from lean.report.rows import layer_rows
-    from lean.switches import named_quantizers
-    from qat.findings import measure, report_dataset
-
-    made_of, notes, findings = model.ptq, [], None
-    branches = [branch["path"] for branch in made_of["recipe"]["branches"]]
-    try:
-        if frames:
-            findings = measure(model, branches, report_dataset(cfg), frames, device, workers)
-        else:
-            notes.append("SQNR, drift and pictures are missing: no frames were run for the report.")
-    except InputError as error:
-        if not without_data:
-            raise
-        notes.append(f"SQNR, drift and pictures are missing: {error}.")
-    if statistics is None:
-        notes.append("Histograms are missing: no statistics were kept.")
-    reasons = {"the recipe disables it": made_of["recipe"]["disable"], "--disable": made_of["disable"]}
-    calibration = made_of["calibration"]
-    return {
-        "calibration": {key: calibration[key] for key in ("pipeline", "seed", "tokens")},
-        "layers": layer_rows(model, branches, reasons, findings and findings.noise, findings and findings.macs),
-        "quantizers": charts(statistics.histograms, named_quantizers(model)) if statistics else {},
-        **(findings.sections() if findings else {}),
-        "notes": notes,
-    }
-
-
-def report_model(
-    args: argparse.Namespace,
-    model: "nn.Module",
-    cfg: Mapping[str, Any],
-    statistics: "Statistics | None",
-    device: "torch.device",
-    steps: common.Steps,
-    files: Sequence[str | Path],
-    workers: int,
-) -> None:
-    """Measure a quantised model as `--report-frames` says, and write its report if `--report` asks for one.
-
-    Args:
-        files: of the model; the first one's name is the report's title.
-
-    Raises:
-        InputError: a frame can't be read.
-        QuantizationError: the folder can't be written to.
-    """
-    if args.report is None:
-        return
-    without_data = getattr(args, "from_stats", None) is not None
-    with steps.step("report"):
-        sections = model_sections(model, cfg, statistics, device, args.report_frames, workers, without_data)
-    made_of = model.ptq
-    settings = {
-        "amax of inputs": describe_method(made_of["method"]),
-        "amax of weights": made_of["weight_method"],
-        "statistics by": made_of["calibrator"],
-        "config": args.config,
-    }
-    run = run_entry(steps, device, settings)
-    entries = [*float_entry(made_of["checkpoint"]), *(file_entry("int8", path) for path in files)]
-    write_report(args, report_of(Path(files[0]).stem, run, files=entries, **sections))
-
-
-def describe_method(method: str | Mapping[str, str]) -> str:
-    """How amax is chosen, in words."""
-    rules = {"*": method} if isinstance(method, str) else method
-    return ", ".join(one if pattern == "*" else f"{one} in {pattern}" for pattern, one in rules.items())
+def file_entries(files: Sequence[str]) -> list[dict[str, Any]]:
+    """The entries of one or two model files; raises as `roles_of` does."""
+    return [file_entry(role, path) for role, path in zip(roles_of(files), files, strict=True)]
 
 
 def roles_of(files: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qat import common
+from qat import common, reporting
 
 if TYPE_CHECKING:
     from qat.trials import Experiment
@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     add_calibration_arguments(parser)
+    reporting.add_report_arguments(parser, frames=False)
     common.add_run_arguments(parser)
     args = parser.parse_args()
     if args.out.suffix not in (".json", ".csv"):
@@ -82,6 +83,7 @@ def main() -> None:
     outputs = args.out.with_suffix(".json"), args.out.with_suffix(".csv")
     for output in outputs:
         check_writable(output, "--out")
+    reporting.check_report_arguments(args, [args.ckpt])
     cfg = common.load_config(args)
     device = common.choose_device(args.device)
     seed = cfg.get("seed", 0) if args.seed is None else args.seed
@@ -105,6 +107,16 @@ def main() -> None:
     print(ranking.table(document, SHOWN))
     print(steps.table())
     print(*(f"wrote {output}" for output in outputs), sep="\n")
+    if args.report:
+        from qat.sensitivity_report import sections
+
+        recipe = prepared.made_of.get("recipe") or prepared.model.ptq["recipe"]
+        settings = {"frames": f"{len(indices)} of {len(dataset)} of {dataset.ann_file}", "parts": args.parts}
+        run = reporting.run_entry(steps, device, settings)
+        files = reporting.file_entries([args.ckpt])
+        found = sections(document, prepared.model, recipe)
+        found = {"tables": found["tables"]} if args.add else found  # another model's layers may be in that report
+        reporting.write_report(args, reporting.report_of(Path(args.ckpt).stem, run, files=files, **found))
 
 
 def describe(args: argparse.Namespace, experiment: "Experiment", made_of: Mapping[str, Any]) -> dict[str, Any]:

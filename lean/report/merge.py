@@ -8,7 +8,7 @@ JOINED = ("runs", "notes")
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A report of both: sections of `new` replace those of `old`, its layers' values fill in and replace, runs add up.
+    """A report of both: sections of `new` replace those of `old`; runs, notes, files and tables add up.
 
     Raises:
         QuantizationError: the reports are of different models.
@@ -23,8 +23,6 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged["title"] = old["title"]
     merged["files"] = _by_key(old, new, "files", lambda one: (one["role"], one["sha256"], one["name"]))
     merged["tables"] = _by_key(old, new, "tables", lambda one: one["id"])
-    merged["layers"] = _layers(old.get("layers") or [], new.get("layers") or [])
-    merged["quantizers"] = {**(old.get("quantizers") or {}), **(new.get("quantizers") or {})}
     return merged
 
 
@@ -46,11 +44,3 @@ def refuse_other_model(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _by_key(old: dict, new: dict, section: str, key: Any) -> list:
     return list({key(one): one for report in (old, new) for one in report.get(section) or []}.values())
-
-
-def _layers(old: list[dict], new: list[dict]) -> list[dict]:
-    rows = {layer["name"]: layer for layer in old}
-    for layer in new:
-        before = rows.get(layer["name"], {})
-        rows[layer["name"]] = {**before, **{key: v for key, v in layer.items() if v not in (None, "") or not before}}
-    return list(rows.values())

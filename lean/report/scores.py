@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lean.report.html import DASH, Html, Section, as_html, element, number, section, significant, table
+from lean.report.html import DASH, Html, Section, as_html, breakable, element, number, section, significant, table
 from lean.report.summary import pair
 
 TP_ERRORS = {
@@ -96,7 +96,7 @@ def tables_sections(report: dict[str, Any]) -> list[Section]:
 
 def _cell(cell: object, digits: int | None) -> str:
     if isinstance(cell, str):
-        return cell
+        return breakable(cell)
     return significant(cell) if digits is None else number(cell, digits)
 
 

@@ -17,6 +17,7 @@ from bevfusion.errors import InputError
 from bevfusion.evaluation import load_submission, save_submission, score_submission, to_submission
 from bevfusion.models import build_model
 from bevfusion.nuscenes_tables import open_nuscenes
+from lean.report.files import read
 from qat.inference import ensure_writable, holds_whole_model, load_model, short_names, spread
 from tests.bevfusion import tiny_nuscenes as tiny
 from tests.bevfusion.detections import CLASSES, perfect
@@ -58,7 +59,7 @@ def run(script: str, root: Path, *arguments: str | Path) -> subprocess.Completed
 
 
 def test_a_pickled_model_gives_the_same_results_as_its_checkpoint(root, cfg, tmp_path):
-    outputs = ["--out", tmp_path / "out.json", "--metrics", tmp_path / "metrics.json"]
+    outputs = ["--out", tmp_path / "out.json", "--metrics", tmp_path / "metrics.json", "--report", tmp_path / "report"]
     done = run("eval", root, "--ckpt", root / "float.pth", "--compare", root / "whole.pth", "--limit", "2", *outputs)
     assert done.returncode == 0, done.stderr
     assert "2 of the 3 frames" in done.stdout
@@ -69,6 +70,15 @@ def test_a_pickled_model_gives_the_same_results_as_its_checkpoint(root, cfg, tmp
     assert first["meta"] == cfg["input_modality"]
     expected = score_submission(first, open_nuscenes(root, "v1.0-mini")).to_dict()
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"float": expected, "whole": expected}
+    report = read(tmp_path / "report")
+    assert [(one["role"], one["nds"]) for one in report["scores"]] == [
+        ("float", expected["nds"]),
+        ("int8", expected["nds"]),
+    ]
+    assert report["drift"]["groups"][0]["rows"][0]["values"] == [40.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    views = [view for picture in report["pictures"] for view in picture["views"]]
+    assert len(views) == 4
+    assert all(view["float"] == view["int8"] for view in views)
 
 
 def test_scoring_a_results_file(root):
