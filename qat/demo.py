@@ -20,6 +20,7 @@ from qat import common
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path("configs/demo/camera+lidar/resnet50.yaml")
 FLOAT = Path("model/demo/bevfusion-demo.pth")
+REPORT_FRAMES = 2
 SEED = 7  # not the training world's: some scene names are the same
 
 
@@ -59,12 +60,14 @@ def plan(args: argparse.Namespace) -> list[Step]:
     world, out = args.data, args.out
     infos = (world / "nuscenes_infos_train.pkl", world / "nuscenes_infos_val.pkl")
     int8, scores, pictures = out / "bevfusion_ptq.pth", out / "scores.json", out / "pictures"
+    report = out / "report"
     python = (sys.executable, "-W", "ignore")
     model = ("--config", str(CONFIG), "--dataset-root", str(world), "--device", args.device)
     both = ("--ckpt", str(FLOAT), "--compare", str(int8))
     size = ("--scenes", str(args.scenes), "--frames", str(args.frames), "--image-size", "480x270", "--seed", str(SEED))
     frames = [str(args.limit * part // 4) for part in range(1, 4)]
     quantise = ("--ckpt", str(FLOAT), "--calibrate_batch", str(args.batches), "--save", str(int8))
+    describe = ("--report", str(report), "--force", "--report-frames", str(REPORT_FRAMES))
     return [
         Step(
             "make a world",
@@ -77,11 +80,19 @@ def plan(args: argparse.Namespace) -> list[Step]:
             infos,
             (world / "v1.0-mini" / "sample.json",),
         ),
-        Step("quantise", (*python, "qat/ptq.py", *model, *quantise), (int8,), (FLOAT, *infos[:1])),
+        Step(
+            "quantise",
+            (*python, "qat/ptq.py", *model, *quantise, *describe),
+            (int8, report / "report.json"),
+            (FLOAT, *infos[:1]),
+        ),
         Step(
             "score both models",
-            (*python, "qat/eval.py", *model, *both, "--limit", str(args.limit), "--metrics", str(scores)),
-            (scores,),
+            (
+                *(*python, "qat/eval.py", *model, *both, "--limit", str(args.limit), "--metrics", str(scores)),
+                *("--report", str(report), "--add"),
+            ),
+            (scores, report / "index.html"),
             (int8, *infos[1:]),
         ),
         Step(
@@ -111,6 +122,7 @@ def summary(args: argparse.Namespace) -> str:
             f"quantised model: {sizes[1]}",
             f"scores:          {out / 'scores.json'}",
             f"pictures:        {out / 'pictures'}",
+            f"report:          {out / 'report' / 'index.html'} (open it in a browser)",
             "next: your own checkpoint: .venv/bin/python qat/ptq.py --config … --ckpt … --dataset-root …",
             f"      its ONNX files:      .venv/bin/python qat/export.py --ckpt {out / 'bevfusion_ptq.pth'}",
         ]
