@@ -52,9 +52,9 @@ def match(reference: Boxes, other: Boxes, radius: float = RADIUS) -> tuple[np.nd
 
     Returns two int64 (P,): rows of the reference, in order, and the row of the other that each is paired with.
     """
-    distance = np.linalg.norm(reference.boxes[:, None, :2] - other.boxes[None, :, :2], axis=2)
-    distance[reference.labels[:, None] != other.labels[None]] = np.inf
-    rows, columns = np.nonzero(distance < radius)
+    x, y = (reference.boxes[:, None, axis] - other.boxes[None, :, axis] for axis in (0, 1))
+    distance = np.hypot(x, y)
+    rows, columns = np.nonzero((distance < radius) & (reference.labels[:, None] == other.labels))
     order = np.argsort(distance[rows, columns], kind="stable")
     partner = np.full(len(reference.boxes), -1)
     free = np.ones(len(other.boxes), bool)
