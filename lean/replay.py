@@ -156,6 +156,12 @@ class HeldWeight(nn.Module):
             self._held = self.inner(weight)
         return self._held
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
 
 @contextmanager
 def replaying(model: nn.Module, watched: Iterable[str] = ()) -> Iterator[Tape]:

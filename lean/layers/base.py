@@ -47,7 +47,8 @@ class QuantLayer(nn.Module):
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:
         """The input quantizer and, if the layer has a weight, the weight quantizer."""
-        return tuple(m for m in self.children() if isinstance(m, Quantizer))
+        names = ("_input_quantizer", "_weight_quantizer")
+        return tuple(self._modules[name] for name in names if name in self._modules)
 
     @property
     def is_disabled(self) -> bool:
