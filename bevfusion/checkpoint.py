@@ -70,19 +70,29 @@ def _read(file: BinaryIO, path: Path, trust_pickle: bool) -> object:
     try:
         _check_sums(file, path)
         return torch.load(file, map_location="cpu", weights_only=not trust_pickle)
-    except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path):
-            raise InputError(f"{path} is not a checkpoint, or is truncated: copy it again") from error
-        wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        raise InputError(
-            f"{path} holds pickled objects ({', '.join(wanted[:SHOWN]) or 'unknown'}); "
-            "if you trust where it comes from, pass --trust-pickle"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
+    except InputError:
+        raise
+    except (AttributeError, ImportError):
+        if trust_pickle:  # of a class that isn't there, which the caller may know
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is no checkpoint, or a truncated one ({reason}): copy it again") from error
+        raise InputError(f"{path} is no checkpoint, or a damaged one: copy it again") from None
+    except Exception as error:  # torch raises anything when it reads damaged pickles
+        wanted = sorted(pickled_classes(path)) if isinstance(error, pickle.UnpicklingError) else ()
+        if wanted:
+            raise InputError(
+                f"{path} holds pickled objects ({', '.join(wanted[:SHOWN])}); "
+                "if you trust where it comes from, pass --trust-pickle"
+            ) from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"{path} is not a checkpoint, or is truncated ({reason}): copy it again") from error
+
+
+def pickled_classes(path: str | Path) -> set[str]:
+    """Names of the classes and functions that a file of `torch.save` needs unpickled; none of one that is damaged."""
+    try:
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # torch raises anything when it reads damaged pickles
+        return set()
 
 
 def _check_sums(file: BinaryIO, path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from pytorch_quantization.calib import MaxCalibrator
 from pytorch_quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from lean.calibrate import check_calibrated
 from lean.errors import QuantizationError
 from lean.layers import LayerSpec, QuantAdd, QuantLayer, QuantSparseConvolution, quantised_form, why_float
 from lean.quantizer import Quantizer
@@ -110,6 +112,7 @@ def impose(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]
 
     replace_modules(model, swap)
     _fill(model, tensors)
+    _check_amax(model)
     if describe(model) != structure:
         raise QuantizationError("the layers that were saved don't fit the model of the saved config")
 
@@ -164,7 +167,28 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         side = "saved" if odd[0] in tensors else "in the model"
         raise QuantizationError(f"tensor {odd[0]} is only {side} ({len(odd)} differ): the saved config is another one")
     for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            shapes = f"{tuple(tensors[name].shape)} was saved, the model wants {tuple(tensor.shape)}"
-            raise QuantizationError(f"tensor {name} has another shape: {shapes}")
-        tensor.data = tensors[name]
+        saved = tensors[name]
+        if (tensor.shape, tensor.dtype) != (saved.shape, saved.dtype):
+            kinds = " but the model wants ".join(
+                f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in (saved, tensor)
+            )
+            raise QuantizationError(f"tensor {name} was saved as {kinds}")
+        if saved.is_floating_point() and not torch.isfinite(saved).all():
+            raise QuantizationError(f"tensor {name} holds NaN or infinity")
+        tensor.data = saved
+
+
+def _check_amax(model: nn.Module) -> None:
+    """Refuse an amax that doesn't fit its quantizer's axis, or isn't a scale."""
+    for name, layer in quantized_layers(model).items():
+        for quantizer in layer.quantizers:
+            amax, axis = quantizer.amax, quantizer.axis
+            weight = getattr(layer, "weight", None)
+            if amax is None or quantizer is layer._input_quantizer:
+                fits = amax is None or (axis is None and amax.dim() == 0)
+            else:
+                per_index = [size if dim == axis else 1 for dim, size in enumerate(weight.shape)]
+                fits = list(amax.shape) == ([] if axis is None else per_index)
+            if not fits:
+                raise QuantizationError(f"{name}: amax of shape {tuple(amax.shape)} does not fit the axis {axis}")
+    check_calibrated(model)

@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", metavar="N", type=common.positive, default=40, help="frames to calibrate on")
     parser.add_argument("--limit", metavar="N", type=common.positive, default=40, help="validation frames to score")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
+    common.add_logging_arguments(parser)
     return parser.parse_args()
 
 
@@ -132,6 +133,7 @@ def summary(args: argparse.Namespace) -> str:
 def main() -> int | None:
     """Run the steps that are not done yet, then sum up."""
     args = parse_arguments()
+    common.set_up_logging(args)
     steps = common.Steps()
     args.out.mkdir(parents=True, exist_ok=True)
     for step in plan(args):

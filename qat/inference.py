@@ -1,6 +1,5 @@
 """Running float and quantised models over frames, shared by the scripts that evaluate and show them."""
 
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bevfusion.checkpoint import load_checkpoint, read_file
+from bevfusion.checkpoint import load_checkpoint, pickled_classes, read_file
 from bevfusion.data import FrameLoader, NuScenesDataset, build_dataset, calibration_dataset, frames_of, to_device
 from bevfusion.data.loader import GROUND_TRUTH_ONLY
 from bevfusion.errors import InputError
@@ -120,12 +119,7 @@ def holds_whole_model(path: str | Path) -> bool:
         raise InputError(f"checkpoint not found: {path}")
     if holds_checked(Path(path)):
         return True
-    if not zipfile.is_zipfile(path):
-        return False
-    try:
-        return not WHOLE_MODEL_TYPES.isdisjoint(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, ValueError, KeyError):  # some other zip file: `read_file` says so
-        return False
+    return not WHOLE_MODEL_TYPES.isdisjoint(pickled_classes(path))
 
 
 def evaluation_dataset(cfg: Mapping[str, Any], split: str = "val") -> NuScenesDataset:

@@ -7,6 +7,7 @@ import sys
 
 from prettytable import PrettyTable
 
+from bevfusion.cli import exit_code
 from bevfusion.create_data import create_data
 from bevfusion.errors import InputError
 from bevfusion.nuscenes_tables import VERSIONS
@@ -32,19 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if options.max_sweeps < 0:
-            raise InputError(f"--max-sweeps must not be negative, got {options.max_sweeps}")
-        written = create_data(
-            options.root, options.version, options.max_sweeps, options.workers, not options.no_database
-        )
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: write(options))
+
+
+def write(options: argparse.Namespace) -> None:
+    """Write the files, and say what is in them.
+
+    Raises:
+        InputError: the tables can't be used.
+    """
+    if options.max_sweeps < 0:
+        raise InputError(f"--max-sweeps must not be negative, got {options.max_sweeps}")
+    written = create_data(options.root, options.version, options.max_sweeps, options.workers, not options.no_database)
     table = PrettyTable(["written", "entries"], align="l")
     table.add_rows([*written.items()])
     print(f"{options.root}\n{table}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bevfusion.errors import InputError
+from bevfusion.cli import exit_code
 from bevfusion.synthetic.world import generate
 
 
@@ -39,17 +39,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Generate; returns the exit code: 2 for bad input, 130 when interrupted."""
     given = {k: v for k, v in vars(parse(arguments)).items() if v is not None}
-    try:
-        out = given.pop("out")
-        generate(out, **given)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command completes it", file=sys.stderr)
-        return 130
-    print(f"{out} is complete: load it with NuScenes({given['version']!r}, {str(out)!r})")
-    return 0
+    out = given.pop("out")
+    status = exit_code(lambda: generate(out, **given), "interrupted: the same command completes it")
+    if status == 0:
+        print(f"{out} is complete: load it with NuScenes({given['version']!r}, {str(out)!r})")
+    return status
 
 
 if __name__ == "__main__":
