@@ -133,7 +133,8 @@ def _reshaped(state: dict, draw: Random) -> tuple[str, Any, dict | None]:
     name = draw.choice([name for name, value in state.items() if value.numel() > 1])
     shape = draw.choice([(state[name].numel(),), (*state[name].shape, 1), (0,), (), (7, 7)])
     new = torch.zeros(shape)
-    return f"shape of {name} {tuple(shape)}", state | {name: new}, state if new.shape == state[name].shape else None
+    content = state | {name: new}
+    return f"shape of {name} {tuple(shape)}", content, content if new.shape == state[name].shape else None
 
 
 def _retyped(state: dict, draw: Random) -> tuple[str, Any, dict | None]:
