@@ -49,8 +49,8 @@ def joined(children: object) -> Html:
 
 
 def breakable(name: str) -> Html:
-    """A dotted name that may be broken after its dots."""
-    return Html("<wbr>".join(as_html(part) for part in re.split(r"(?<=\.)", name)))
+    """A name that may be broken after its dots and underscores."""
+    return Html("<wbr>".join(as_html(part) for part in re.split(r"(?<=[._])", name)))
 
 
 def number(value: float | None, digits: int = 2, signed: bool = False) -> str:

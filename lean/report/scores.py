@@ -12,6 +12,7 @@ TP_ERRORS = {
     "vel_err": "Velocity (mAVE, m/s)",
     "attr_err": "Attribute (mAAE, 1 - accuracy)",
 }
+ARROW = " \N{RIGHTWARDS ARROW} "
 HEAD = {"float": "FP32", "int8": "INT8"}
 
 
@@ -26,7 +27,7 @@ def scores_section(report: dict[str, Any]) -> list[Section]:
     ]
     rows += [_row(title, [one["tp_errors"].get(key) for one in models], 3, False) for key, title in TP_ERRORS.items()]
     classes = [
-        [name, str(count), *_row("", [100 * one["class_aps"][name] for one in models], 2, True)[1:]]
+        [breakable(name), str(count), *_row("", [100 * one["class_aps"][name] for one in models], 2, True)[1:]]
         for name, count in models[0]["truth_counts"].items()
     ]
     frames = f"Official nuScenes metrics over {models[0]['frames']} frames. "
@@ -43,7 +44,25 @@ def scores_section(report: dict[str, Any]) -> list[Section]:
         element("div", element("h3", title), content)
         for title, content in (("Overall", overall), ("AP by class (%)", by_class))
     ]
-    return section("scores", "Detection scores", note, element("div", *halves, class_="halves"))
+    return section("scores", "Detection scores", note, element("div", *halves, class_="halves"), _class_errors(models))
+
+
+def _class_errors(models: list[dict[str, Any]]) -> Html:
+    """The true-positive errors of each class, folded up; of two models as before and after."""
+    rows = [
+        [
+            breakable(name),
+            *(_before_after([one["class_tp_errors"][name].get(key) for one in models]) for key in TP_ERRORS),
+        ]
+        for name in models[0]["class_tp_errors"]
+    ]
+    words = f" ({ARROW.join(HEAD[one['role']] for one in models)})" if len(models) == 2 else ""
+    content = table(["Class", *TP_ERRORS.values()], rows, "True-positive errors by class")
+    return element("details", element("summary", f"True-positive errors by class{words}"), content)
+
+
+def _before_after(values: list[float | None]) -> str:
+    return DASH if values == [None] * len(values) else ARROW.join(number(value, 3) for value in values)
 
 
 def _row(title: str, values: list[float | None], digits: int, more_is_better: bool) -> list[object]:
@@ -71,7 +90,7 @@ def drift_section(report: dict[str, Any]) -> list[Section]:
     digits = [column["digits"] for column in drift["columns"]]
     groups = []
     for group in drift["groups"]:
-        rows = [[row["name"], *map(number, row["values"], digits)] for row in group["rows"]]
+        rows = [[breakable(row["name"]), *map(number, row["values"], digits)] for row in group["rows"]]
         groups.append(
             element("div", element("h3", group["title"]), table(["", *columns], rows, f"Drift: {group['title']}"))
         )

@@ -59,17 +59,22 @@ def _layer_cards(report: dict[str, Any]) -> list[Html]:
     states = {s: sum(layer["state"] == s for layer in layers) for s in ("disabled", "float")}
     rest = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     cards = [_card("Layers in INT8", f"{len(inside)} of {len(layers)}", rest)]
-    known = [layer for layer in layers if layer["macs"] is not None]
-    if total := sum(layer["macs"] for layer in known):
-        share = sum(layer["macs"] for layer in known if layer["state"] == "int8") / total
-        cards.append(_card("Multiplications in INT8", percent(share), f"of {scaled(total)} a frame"))
+    macs = {
+        s: sum(layer["macs"] or 0 for layer in layers if layer["state"] == s) for s in ("int8", "disabled", "float")
+    }
+    if total := sum(macs.values()):
+        able = macs["int8"] + macs["disabled"]
+        part = f"{percent(macs['int8'] / able)} of what can be quantised" if able else None
+        cards.append(
+            _card("Multiplications in INT8", percent(macs["int8"] / total), f"of {scaled(total)} a frame", part)
+        )
     measured = [layer for layer in inside if layer["sqnr"] is not None]
     if measured:
         worst = min(measured, key=lambda layer: layer["sqnr"])
         cards.append(
             _card(
                 "Worst layer",
-                f"{number(worst['sqnr'], 1)} dB",
+                with_unit(number(worst["sqnr"], 1), "dB"),
                 element("a", breakable(worst["name"]), href="#layers", data_pick=worst["name"]),
             )
         )
@@ -85,7 +90,8 @@ def _size_cards(report: dict[str, Any]) -> list[Html]:
     if not weights:
         return [_card("Size", lines[0].partition(": ")[2], *lines)] if lines else []
     before, after = weights
-    return [_card("Weights of these layers", f"{size(before)} → {size(after)}", "as FP32 and as deployed", *lines)]
+    value = with_unit(f"{before / 2**20:.1f} → {after / 2**20:.1f}", "MiB")
+    return [_card("Weights of these layers", value, "in FP32, and in INT8 and FP16", *lines)]
 
 
 def _weight_sizes(layers: list[dict]) -> tuple[float, float] | None:
