@@ -106,6 +106,9 @@ class FileStages(Stages):
             QuantizationError: an input doesn't fit the file.
         """
         if stage == LIDAR:
+            wanted, given = self.lidar.graph.nodes[0]["in_channels"], inputs["features"].shape[1]
+            if wanted != given:
+                raise QuantizationError(f"{stage}: a voxel has {wanted} features in the file, not {given}: {_ANOTHER}")
             kind = np.float16 if self.integer else np.float32
             return {**inputs, "features": cast(inputs["features"], kind, f"{stage}: features")}
         prepared = {}

@@ -218,6 +218,8 @@ def test_a_frame_that_does_not_fit(cfg, frame, folder):
     five = {**frame, "img": frame["img"][:, :5], **{name: frame[name][:, :5] for name in matrices}}
     with pytest.raises(QuantizationError, match=r"camera.backbone.onnx: img is \[1, 6, 3, 64, 176\], not \[1, 5"):
         files(**five)
+    with pytest.raises(QuantizationError, match="a voxel has 5 features in the file, not 4"):
+        files(**{**frame, "points": [frame["points"][0][:, :4]]})
     bright = {**frame, "img": frame["img"] * float("inf")}
     with pytest.raises(QuantizationError, match=r"camera.backbone: img holds NaN"):
         files(**bright)
