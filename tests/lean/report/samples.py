@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
+
 from lean.bevfusion_recipe import default_recipe
 from lean.calibrate import calibrate_weights, observe, observing
 from lean.fold import fold_dense, fold_sparse
@@ -28,7 +30,9 @@ REASON = "the recipe disables it"
 @cache
 def calibrated() -> tuple[TinyFusion, Mapping[str, Histogram], Measured]:
     """The tiny model, quantised and calibrated on one batch, its statistics and its noise."""
-    model = TinyFusion()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TinyFusion()
     recipe = default_recipe(model)
     insert_quantizers(model, recipe)
     fold_sparse(model)
