@@ -4,7 +4,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lean.matching import matches
 from lean.observer import Observers
 from lean.statistics import Statistics
 from qat.frames import Frames
-from qat.stopping import deferred_signals, explained_failures
+from qat.stopping import deferred_signals, explained_failures, first_forward
 
 Place = tuple[int, int]  # a frame's position in the run, and its index in the data set
 
@@ -97,13 +97,19 @@ def collect(
 
 @dataclass
 class _Run:
-    """Runs frames through a model whose quantizers observe; `unreadable`: positions of those that could not be read."""
+    """Runs frames through a model whose quantizers observe.
+
+    Attributes:
+        unreadable: positions of the frames that could not be read.
+        works: whether a frame has run.
+    """
 
     model: nn.Module
     frames: Frames
     observers: Observers
     workers: int
     unreadable: list[int] = field(default_factory=list)
+    works: bool = False
 
     def __call__(self, places: Sequence[Place], title: str, after_frame: Callable[[int], None]) -> None:
         """Run the frames at `places`; `after_frame` is called with how many have run, and may raise."""
@@ -123,7 +129,9 @@ class _Run:
                 logger.warning("%s; another frame is taken instead", batch)
                 self.unreadable.append(at[0])
             else:
-                run(model, batch)
+                with nullcontext() if self.works else first_forward(f"frame {frames.token(at[1])}"):
+                    run(model, batch)
+                self.works = True
 
         def after_batch(number: int, _: Any) -> None:
             self.observers.check_finite(f"frame {frames.token(at[1])}")

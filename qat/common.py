@@ -120,12 +120,24 @@ def load_config(args: argparse.Namespace) -> "mmcv.Config":
 
     Raises:
         InputError: see `bevfusion.config.load_config`.
+        UsageError: a section that every script needs is missing, or the seed is none.
     """
     from bevfusion.config import load_config as load
 
     root = args.dataset_root
     options = [] if root is None else [f"dataset_root={json.dumps(os.path.join(root, ''), ensure_ascii=False)}"]
-    return load(args.config, [*options, *args.cfg_options])
+    cfg = load(args.config, [*options, *args.cfg_options])
+    data = cfg.get("data")
+    sections = {"model": cfg.get("model"), "data": data}
+    if isinstance(data, dict):
+        sections |= {f"data.{part}": data.get(part) for part in ("train", "val", "test")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UsageError(f"config {args.config}: {name} should be a section, not {section!r:.60}")
+    seed = cfg.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise UsageError(f"config {args.config}: seed should be a whole number from 0 to 2^32 - 1, not {seed!r:.60}")
+    return cfg
 
 
 def choose_device(name: str) -> "torch.device":

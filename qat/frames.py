@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from bevfusion.data import build_dataset, calibration_dataset, calibration_frames, calibration_loader, frames_of
-from bevfusion.errors import InputError
+from bevfusion.errors import InputError, explaining
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +101,10 @@ def _spares(count: int, chosen: Sequence[int], seed: int) -> tuple[int, ...]:
 
 def _count_validation(cfg: Mapping[str, Any]) -> int | None:
     """How many validation frames there are: a piece of news that no calibration depends on, so that it may be None."""
-    config = cfg["data"]["val"]
-    if not Path(config["ann_file"]).exists():
-        return None
     try:
-        return len(frames_of(build_dataset(config)))
+        with explaining("data.val of the config can't be used", "check its values"):
+            config = cfg["data"]["val"]
+            return len(frames_of(build_dataset(config))) if Path(config["ann_file"]).exists() else None
     except InputError as error:
         logger.warning("validation frames can't be counted: %s", error)
         return None

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from bevfusion.data import to_device
-from bevfusion.errors import InputError
 from lean.bevfusion_recipe import HEAD_MAPS
-from lean.calibrate import name_some
+from lean.calibrate import model_device, name_some
 from lean.errors import QuantizationError
 from lean.fold import fold_dense, fold_sparse
 from lean.fold_proof import LIMIT, fold_proven
@@ -20,6 +19,7 @@ from lean.outliers import FACTOR, outliers
 from lean.recipe import Recipe
 from lean.sqnr import Measured, measure_noise, output_module
 from qat.frames import Frames, first_readable
+from qat.stopping import explained_failures, first_forward
 
 LEAST_SQNR = 10.0  # dB of a branch's output, below which it is a warning
 WORST = 3  # layers that such a warning names
@@ -63,23 +63,15 @@ def fold(model: nn.Module, recipe: Recipe, sample: Sample | None) -> str:
         pairs = [*fold_sparse(model), *fold_dense(model)]
         return f"folded {len(pairs)} batch normalisations; not compared with the network before, as no frame was run"
     outputs = outputs_of(model, recipe).values()
-    proof = fold_proven(model, lambda: _run_float(model, sample), list(outputs))
+
+    def run() -> None:
+        with first_forward(f"frame {sample.token}"):
+            model(**sample.inputs)
+
+    with explained_failures(lambda: f"frame {sample.token}", model_device(model)):
+        proof = fold_proven(model, run, list(outputs))
     most = max(*proof.outputs.values(), *proof.layers.values(), 0.0)
     return f"folded {len(proof.pairs)} batch normalisations: outputs differ by {most:.1e} relative (limit {LIMIT:.0e})"
-
-
-def _run_float(model: nn.Module, sample: Sample) -> None:
-    """The first forward of a run is where a config that doesn't fit itself or its data shows."""
-    try:
-        model(**sample.inputs)
-    except (InputError, QuantizationError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        logger.debug("the float network failed", exc_info=True)
-        raise InputError(
-            f"the float network of this config can't compute frame {sample.token} ({type(error).__name__}: {error}); "
-            "check the config's sizes (-vv shows where it failed)"
-        ) from error
 
 
 def check(model: nn.Module, recipe: Recipe, sample: Sample | None) -> Measured | None:
@@ -102,9 +94,10 @@ def check(model: nn.Module, recipe: Recipe, sample: Sample | None) -> Measured |
     if sample is None:
         return None
     outputs = outputs_of(model, recipe)
-    measured = measure_noise(
-        model, [sample], lambda net, one: _refuse_nonfinite(net(**one.inputs)), outputs=list(outputs.values())
-    )
+    with explained_failures(lambda: f"frame {sample.token}", model_device(model)):
+        measured = measure_noise(
+            model, [sample], lambda net, one: _refuse_nonfinite(net(**one.inputs)), outputs=list(outputs.values())
+        )
     for name, module in outputs.items():
         if not measured.outputs[module].is_finite:
             raise QuantizationError(

@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch
 
-from bevfusion.errors import InputError
+from bevfusion.errors import InputError, explaining
 from lean.distributed import world
 from lean.errors import QuantizationError
 from qat.common import Terminated
@@ -44,6 +44,24 @@ def deferred_signals() -> Iterator[Callable[[], type[BaseException] | None]]:
 
 
 @contextmanager
+def first_forward(frame: str) -> Iterator[None]:
+    """Explain what the first forward of a run raises: there a config shows that doesn't fit itself or its data.
+
+    Raises:
+        InputError: says which frame, and what was raised.
+    """
+    try:
+        yield
+    except (InputError, QuantizationError):
+        raise
+    except Exception as error:
+        if _worker_died(error) or _memory_is_full(error):
+            raise
+        with explaining(f"the network of this config can't compute {frame}", "check the config's sizes"):
+            raise
+
+
+@contextmanager
 def explained_failures(frame: Callable[[], str], device: torch.device) -> Iterator[None]:
     """Turn the failures of a healthy program on a machine at its limits into errors that say what to do.
 
@@ -57,14 +75,23 @@ def explained_failures(frame: Callable[[], str], device: torch.device) -> Iterat
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if text.startswith("DataLoader worker"):
+        if _worker_died(error):
             raise InputError(
-                f"a data loading process has died ({text}): if the system ran out of memory, use fewer --workers"
+                f"a data loading process has died ({error}): if the system ran out of memory, use fewer --workers"
             ) from error
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        if _memory_is_full(error):
             raise QuantizationError(_out_of_memory(frame(), device)) from error
         raise
+
+
+def _worker_died(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _memory_is_full(error: Exception) -> bool:
+    """Whether torch, spconv or the system had no memory left."""
+    signs = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _out_of_memory(frame: str, device: torch.device) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from bevfusion.data.nuscenes import NuScenesDataset
 from bevfusion.data.pipelines.paste import MissingDatabaseError
 from bevfusion.data.wrappers import build_dataset
-from bevfusion.errors import InputError
+from bevfusion.errors import InputError, explaining
 
 GROUND_TRUTH_ONLY = ("LoadBEVSegmentation",)  # transforms that draw nothing at random and make nothing a forward reads
 
@@ -155,9 +155,10 @@ def calibration_dataset(cfg: Mapping[str, Any], pipeline: Literal["train", "test
     Raises:
         InputError: the data can't be used; if the ground-truth database is missing, both ways out are named.
     """
-    steps = None if pipeline == "train" else cfg["data"]["test"]["pipeline"]
     try:
-        return build_dataset(_calibration_config(cfg["data"]["train"], steps))
+        with explaining("the calibration frames of the config can't be opened", "check data.train and data.test"):
+            steps = None if pipeline == "train" else cfg["data"]["test"]["pipeline"]
+            return build_dataset(_calibration_config(cfg["data"]["train"], steps))
     except MissingDatabaseError as error:
         raise InputError(f"{error}, or calibrate without augmentation: --calib-pipeline test") from error
 

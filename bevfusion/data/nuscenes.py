@@ -1,6 +1,7 @@
 """nuScenes keyframes through a pipeline of transforms, as the configs name them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from bevfusion.data.infos import load_infos
 from bevfusion.data.paths import find_file
 from bevfusion.data.pipelines.compose import Compose
 from bevfusion.data.records import Frame
-from bevfusion.errors import InputError
+from bevfusion.errors import InputError, explaining
 from bevfusion.registry import DATASETS
 
 LIDAR = "LIDAR_TOP"
@@ -94,8 +95,15 @@ class NuScenesDataset(Dataset):
         Raises:
             InputError: a file of the frame is missing or damaged; names the frame.
         """
-        try:
+        with self.naming(index):
             return self.pipeline(self.get_data_info(index))
+
+    @contextmanager
+    def naming(self, index: int) -> Iterator[None]:
+        """Turn whatever goes wrong with a frame in a `with` block into an InputError that names it."""
+        try:
+            with explaining("it can't be prepared", f"check its entry in {self.ann_file} and the config's pipeline"):
+                yield
         except InputError as error:
             raise InputError(f"frame {self.data_infos[index].token}: {error}") from error
 

@@ -22,9 +22,10 @@ def unreadable_frames(dataset: NuScenesDataset, indices: Sequence[int]) -> dict[
 
     def check(index: int) -> InputError | None:
         try:
-            _check_frame(dataset, index)
+            with dataset.naming(index):
+                _check_frame(dataset, index)
         except InputError as error:
-            return InputError(f"frame {dataset.data_infos[index].token}: {error}")
+            return error
         return None
 
     with ThreadPoolExecutor(THREADS) as pool:

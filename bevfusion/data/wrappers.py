@@ -9,6 +9,7 @@ from mmdet.datasets import ConcatDataset
 from mmdet3d.datasets import dataset_wrappers
 from torch.utils.data import Dataset
 
+from bevfusion.errors import explaining
 from bevfusion.registry import DATASETS
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ def build_dataset(cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Datas
     Raises:
         InputError: a type is unknown, or the data set's files can't be used.
     """
+    with explaining("the data set of the config can't be built", "check its values"):
+        return _build(cfg)
+
+
+def _build(cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Dataset:
     if not isinstance(cfg, Mapping):
         return ConcatDataset([build_dataset(item) for item in cfg])
     if isinstance(cfg.get("dataset"), Mapping):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from mmcv.runner import BaseModule
 from torch import nn
 
+from bevfusion.errors import explaining
 from bevfusion.registry import MODELS
 
 
@@ -23,8 +24,12 @@ def build_model(config: Mapping, pretrained: bool = False) -> nn.Module:
     Args:
         config: the model's part of a config; it is left as it is.
         pretrained: initialise backbones as their `init_cfg` says, which may download weights (for training).
+
+    Raises:
+        InputError: its values don't make a model.
     """
-    model = MODELS.build(config if pretrained else _without_downloads(config))
+    with explaining("the model of the config can't be built", "check its values"):
+        model = MODELS.build(config if pretrained else _without_downloads(config))
     if pretrained:
         _initialise(model)
     return model.eval()
