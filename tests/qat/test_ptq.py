@@ -248,7 +248,7 @@ def test_full_model_matches_the_reference_and_reloads_bit_for_bit(realframe, gol
         save,
     ]
     command += ["--calibrate_batch", 1, "--calib-pipeline", "test", "--device", "cpu", "--calibrator", "stock"]
-    command += ["--no-checks"]  # what they check has tests of its own, on this model as well
+    command += ["--no-checks"]  # tests/qat/test_checks.py tests what they check
     # The reference's frame has no padded sweeps.
     pad = "test_pipeline.2.pad_empty_sweeps=false"
     done = subprocess.run(
