@@ -1,27 +1,27 @@
-"""Damaged configs and info files given to `qat/ptq.py`: how each run ends.
+"""Damaged configs and info files given to `qat/ptq.py`: a run, or a refusal in one line.
 
-As a script it tries many: `python -m tests.qat.fuzz_inputs COUNT [FIRST_SEED]`.
+`python -m tests.qat.fuzz_inputs --count 1000` tries many; `test_fuzz_inputs.py` some.
 """
 
 import json
 import pickle
 import random
 import resource
-import signal
-import sys
 import tempfile
-import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from bevfusion.config import load_config
+from tests.fuzzing import SECONDS, Verdict, damage, main, time_limit
 from tests.qat.demo_samples import CKPT, CONFIG, SMALLER, write_world
-from tests.qat.mutations import damage_bytes, damage_structure
+from tests.qat.mutations import damage_structure
 from tests.qat.ptq_samples import Outcome, run_here
+
+MEMORY = 16 * 2**30  # bytes of address space: a damaged size is not to fill the machine
 
 Damage = Callable[[Path, random.Random], list]
 
@@ -34,7 +34,7 @@ def config_structure(world: Path, rng: random.Random) -> list:
 def config_text(world: Path, rng: random.Random) -> list:
     """A config file with damaged characters."""
     text = yaml.safe_dump(_resolved(world), sort_keys=False).encode()
-    return _config(world, damage_bytes(text, rng))
+    return _config(world, damage(text, rng)[1])
 
 
 def pickle_structure(world: Path, rng: random.Random) -> list:
@@ -44,7 +44,7 @@ def pickle_structure(world: Path, rng: random.Random) -> list:
 
 def pickle_bytes(world: Path, rng: random.Random) -> list:
     """An info file with damaged bytes."""
-    return _infos(world, damage_bytes((world / "nuscenes_infos_train.pkl").read_bytes(), rng), ".pkl")
+    return _infos(world, damage((world / "nuscenes_infos_train.pkl").read_bytes(), rng)[1], ".pkl")
 
 
 def json_structure(world: Path, rng: random.Random) -> list:
@@ -54,7 +54,7 @@ def json_structure(world: Path, rng: random.Random) -> list:
 
 def json_bytes(world: Path, rng: random.Random) -> list:
     """A JSON file with damaged characters."""
-    return _infos(world, damage_bytes(json.dumps(_plain(_content(world))).encode(), rng), ".json")
+    return _infos(world, damage(json.dumps(_plain(_content(world))).encode(), rng)[1], ".json")
 
 
 def undamaged_config(world: Path, _: random.Random) -> list:
@@ -109,47 +109,35 @@ def _infos(world: Path, content: bytes, suffix: str) -> list:
     ]
 
 
-def run(world: Path, save: Path, damage: Damage, seed: int, whole: bool = False) -> Outcome:
+def run(world: Path, save: Path, kind: Damage, seed: int, whole: bool = False) -> Outcome:
     """A dry run on a damaged input, and if that finds nothing wrong and `whole` is asked for, a real one."""
     given = ["--ckpt", CKPT, "--device", "cpu", "--workers", 0, "--no-verify", "--calib-pipeline", "test"]
-    given += ["--calibrate_batch", 1, "--save", save, *damage(world, random.Random(f"{damage.__name__} {seed}"))]
+    given += ["--calibrate_batch", 1, "--save", save, *kind(world, random.Random(f"{kind.__name__} {seed}"))]
     done = run_here("--dry-run", *given)
     return run_here(*given) if done.status == 0 and whole else done
 
 
-def problem(done: Outcome) -> str | None:
-    """What is wrong with how a run ended; None if nothing is."""
+def verdict(done: Outcome) -> Verdict:
+    """What to make of how a run ended."""
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    if done.status == 0 or (done.status == 2 and len(errors) == 1 and "Traceback" not in done.err):
-        return None
-    return f"status {done.status}: {done.err[-2000:]}"
+    if done.status == 0:
+        return Verdict("correct")
+    if done.status == 2 and len(errors) == 1 and "Traceback" not in done.err:
+        return Verdict("refused", errors[0])
+    return Verdict(f"exit status {done.status}", done.err[-2000:])
 
 
-def main(count: int, first: int) -> int:
-    """Try `count` damaged inputs of all kinds in turn, print what is wrong with any, and how they ended."""
-    resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, 16 * 2**30))
-    ended, wrong = Counter(), 0
-    with tempfile.TemporaryDirectory() as folder:
-        world = write_world(Path(folder))
-        for number in range(count):
-            damage, seed = KINDS[number % len(KINDS)], first + number // len(KINDS)
-            signal.alarm(300)  # a hang ends the process
-            start = time.perf_counter()
-            try:
-                done = run(world, Path(folder, "out", "ptq.pth"), damage, seed, whole=True)
-            except Exception as error:  # it would have been a traceback
-                found: str | None = "".join(traceback.format_exception(error)[-3:])
-            else:
-                found = problem(done)
-                ended[damage.__name__, done.status] += 1
-                if done.status > 128:  # the signal was meant for us
-                    break
-            if found:
-                wrong += 1
-                print(f"{damage.__name__} {seed} ({time.perf_counter() - start:.0f} s): {found}", flush=True)
-    print(f"{count} inputs, {wrong} wrong: {dict(ended)}")
-    return wrong
+def trial(world: Path, save: Path, kind: Damage, seed: int) -> tuple[str, Verdict]:
+    """One damaged input, run as far as it goes."""
+    try:
+        with time_limit(SECONDS):
+            return f"{kind.__name__} {seed}", verdict(run(world, save, kind, seed, whole=True))
+    except Exception as error:
+        return f"{kind.__name__} {seed}", Verdict("traceback", "".join(traceback.format_exception(error)[-3:]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0) > 0)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with tempfile.TemporaryDirectory() as folder:
+        place = write_world(Path(folder, "world")), Path(folder, "out", "ptq.pth")
+        main({kind.__name__: partial(trial, *place, kind) for kind in KINDS})

@@ -1,28 +1,10 @@
-"""Seeded damage to files: bytes of any file, and nodes of nested mappings and lists."""
+"""Seeded damage to nested mappings and lists; `tests.fuzzing.damage` does it to bytes."""
 
 import copy
 import random
 from typing import Any
 
 NONSENSE = (None, True, -1, 0, 1, 2.5, -1e30, float("nan"), float("inf"), 2**70, "", "x", "../..", [], [0], {}, "${x}")
-
-
-def damage_bytes(data: bytes, rng: random.Random) -> bytes:
-    """`data` cut off, with some bytes changed, left out, or a piece of it repeated elsewhere."""
-    changed, kind = bytearray(data), rng.randrange(4)
-    start = rng.randrange(len(data))
-    length = min(1 + int(rng.expovariate(0.05)), len(data) - start)
-    if kind == 0:
-        del changed[start:]
-    elif kind == 1:
-        for _ in range(rng.randint(1, 8)):
-            changed[rng.randrange(len(changed))] = rng.randrange(256)
-    elif kind == 2:
-        del changed[start : start + length]
-    else:
-        where = rng.randrange(len(data))
-        changed[where:where] = data[start : start + length]
-    return bytes(changed)
 
 
 def damage_structure(value: Any, rng: random.Random) -> Any:
