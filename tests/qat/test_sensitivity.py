@@ -7,9 +7,8 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -27,8 +26,10 @@ from lean.quantize import calibrate_model
 from lean.sensitivity import run_trials, sensitivity_units, unit_quantizers
 from lean.sqnr import noise_between
 from lean.switches import disable_layers, named_quantizers, quantizer_flags
-from qat import common, ptq, sensitivity
+from qat import common, sensitivity
 from qat.common import DEFAULT_CONFIG
+from qat.journal import Journal
+from qat.preparing import quantised_model
 from tests.bevfusion import tiny_nuscenes as tiny
 from tests.conftest import ROOT
 from tests.golden_model import golden_batch
@@ -57,21 +58,17 @@ def arguments(root: Path, out: Path, *more: object) -> list[str]:
     return list(map(str, [*given, "--cfg-options", *OPTIONS, *more]))
 
 
-def run_main(script, *arguments: object) -> Outcome:
-    """Run a script's `main` in this process, which spares its imports."""
-    out, err = io.StringIO(), io.StringIO()
+def run(root: Path, out: Path, *more: object) -> Outcome:
+    """Run `qat/sensitivity.py` in this process, which spares its imports."""
+    printed, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(sys, "argv", ["script.py", *map(str, arguments)]),
-        contextlib.redirect_stdout(out),
+        mock.patch.object(sys, "argv", ["sensitivity.py", *arguments(root, out, *more)]),
+        contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as stopped,
     ):
-        common.run(script.main)
-    return Outcome(stopped.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def run(root: Path, out: Path, *more: object) -> Outcome:
-    return run_main(sensitivity, *arguments(root, out, *more))
+        common.run(sensitivity.main)
+    return Outcome(stopped.value.code or 0, printed.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -129,36 +126,48 @@ def unlike(document: dict) -> dict:
     return {key: value for key, value in document.items() if key not in ("out", "text", "command")}
 
 
+@contextlib.contextmanager
+def interrupted_after(rows: int) -> Iterator[None]:
+    """Press Ctrl-C when the journal has got this many rows."""
+    add, added = Journal.add, []
+
+    def add_and_press(self: Journal, key: str, row: object) -> None:
+        add(self, key, row)
+        added.append(key)
+        if len(added) == rows:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with mock.patch.object(Journal, "add", add_and_press):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupted_run_is_gone_on_with(root, whole, tmp_path):
-    out = tmp_path / "result.json"
+    out, journal = tmp_path / "result.json", tmp_path / "result.json.partial.jsonl"
     more = ("--metric", "mAP", "--only", *ONLY)
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-W", "ignore", "qat/sensitivity.py", *arguments(root, out, *more)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
-    journal = out.with_name("result.json.partial.jsonl")
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
-    assert f"{journal} keeps the trials: the same command with --resume goes on" in err
+    with interrupted_after(15):  # in the second frame
+        done = run(root, out, *more)
+    assert done.status == 130
+    assert f"{journal} keeps the trials: the same command with --resume goes on\ninterrupted\n" in done.err
     assert not out.exists()
-    rows = journal.read_bytes().count(b"\n")
+    assert journal.read_bytes().count(b"\n") == 16
     journal.write_bytes(journal.read_bytes() + b'{"key": "torn by a ki')
-    with mock.patch("lean.calibrate.observe", side_effect=AssertionError("calibrates again")):
+    with mock.patch("qat.collection.observe", side_effect=AssertionError("calibrates again")):
         done = run(root, out, *more, "--resume")
     assert done.status == 0, done.err
-    assert rows > 5
     assert unlike(json.loads(out.read_text())) == unlike(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.csv", "result.json"]
 
 
 def test_a_quantised_model_is_measured_as_it_was_calibrated(root, whole, tmp_path):
     stats, save = whole["out"].with_name("stats.npz"), tmp_path / "ptq.pth"
-    given = ["--config", CONFIG, "--ckpt", root / "float.pth", "--dataset-root", root, "--device", "cpu"]
-    done = run_main(ptq, *given, "--from-stats", stats, "--save", save, "--cfg-options", *OPTIONS)
-    assert done.status == 0, done.err
+    with mock.patch.object(sys, "argv", ["sensitivity.py", *arguments(root, tmp_path / "out.json", "--stats", stats)]):
+        args = sensitivity.parse_args()
+    prepared = quantised_model(common.load_config(args), args, torch.device("cpu"), 0)
+    torch.save(MMDataParallel(prepared.model), save)
     out = tmp_path / "result.csv"
     more = ("--ckpt", save, "--only", *ONLY)
     assert run(root, out, *more, "--stats", stats).err == (
@@ -205,8 +214,20 @@ def test_bad_input_is_one_line(root, whole, tmp_path):
         assert (done.status, done.err.count("\n")) == (2, 1), (options, done.err)
         assert message in done.err, options
     assert not out.exists()
-    assert run(root, out, "--stats", stats, "--only", "decoder.neck.*").status == 0  # also: no annotations are needed
-    assert run(root, out, "--cfg-options", f"data.val.ann_file={bare}", "--only", "decoder.neck.*").status == 0
+
+
+def test_parts_apart_and_frames_without_annotations(root, whole, tmp_path):
+    out, stats = tmp_path / "out.json", whole["out"].with_name("stats.npz")
+    bare = without_truth(root / "nuscenes_infos_val.pkl", tmp_path / "bare.pkl")
+    errors = {"both": {unit["name"]: unit["alone"]["errors"]["heatmap"] for unit in whole["units"]}}
+    unannotated = ("--cfg-options", f"data.val.ann_file={bare}")
+    for part, more in {"activations": unannotated, "weights": ("--stats", stats)}.items():
+        done = run(root, out, "--parts", part, "--only", DEBLOCKS[0], *more)
+        assert done.status == 0, done.err
+        (unit,) = json.loads(out.read_text())["units"]
+        errors[part] = unit["alone"]["errors"]["heatmap"]
+    assert 0 < errors["weights"] < errors["both"][DEBLOCKS[0]]
+    assert 0 < errors["activations"] < errors["both"][DEBLOCKS[0]]
 
 
 def test_trials_of_another_run_are_refused(root, whole, tmp_path):
