@@ -124,28 +124,28 @@ def choose_layers(
         int8 = int8_layers(model)
         costs = _costs(model, judges[0])
         estimate = CostModel(costs)
-        order = rank(
-            candidates(model, judges[0]),
-            int8,
-            estimate.time,
-            lambda remaining: int8_share(costs, remaining, layers) >= args.budget_int8,
-        )
 
         def measure(judge: Judge, chosen: tuple[Candidate, ...]) -> float:
             with floating(model, {name for candidate in chosen for name in candidate.layers}):
-                drop = judge.drop(model, args.metric, f"{len(chosen)} of {len(order)} in FP16")
+                drop = judge.drop(model, args.metric, f"{len(chosen)} in FP16")
             logger.info("%d in FP16: %s drop %.3f", len(chosen), args.metric, drop)
             return drop
 
-        choice = search(order, lambda chosen: measure(judges[0], chosen), args.max_drop)
-        verified = measure(judges[1], ()), measure(judges[1], choice.best.chosen)
+        def enough(remaining: Collection[str]) -> bool:
+            return int8_share(costs, remaining, layers) >= args.budget_int8
+
+        before = measure(judges[0], ())
+        known = [] if before <= args.max_drop else candidates(model, judges[0])
+        order = rank(known, int8, estimate.time, enough)
+        choice = search(order, lambda chosen: measure(judges[0], chosen) if chosen else before, args.max_drop)
+        verified = [measure(judges[1], chosen) for chosen in dict.fromkeys([(), choice.best.chosen])]
     after = int8.difference(choice.layers)
     result = Result(
         args.metric,
         args.max_drop,
         tuple(len(judge.indices) for judge in judges),
         choice,
-        verified,
+        (verified[0], verified[-1]),
         share=tuple(int8_share(costs, names, layers) for names in (int8, after)),
         share_of_all=tuple(int8_share(costs, names) for names in (int8, after)),
         slower=estimate.time(after) / estimate.time(int8) - 1,
