@@ -114,6 +114,20 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+def test_a_flipped_bit_is_found_and_its_part_named(tmp_path):
+    """torch.load lets it pass."""
+    path = tmp_path / "a.pth"
+    state = {name: torch.zeros_like(value) + 0.5 for name, value in model().state_dict().items()}
+    torch.save(state, path)
+    data = path.read_bytes()
+    position = data.index(b"\0\0\0?" * 8) + 3  # 0.5 is 00 00 00 3f
+    path.write_bytes(data[:position] + bytes([data[position] ^ 0x40]) + data[position + 1 :])
+    with pytest.raises(
+        InputError, match=r"a.pth is damaged, a/data/\d+ in it does not fit its checksum: copy it again"
+    ):
+        load_checkpoint(model(), path)
+
+
 def test_pickled_classes_are_named_and_need_trust(tmp_path):
     path = tmp_path / "a.pth"
     torch.save(model(), path)
