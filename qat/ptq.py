@@ -132,7 +132,7 @@ def main() -> None:
     seed = cfg.get("seed", 0) if args.seed is None else args.seed
     common.make_repeatable(seed, cfg.get("deterministic", False))
 
-    with saving.claim(args.save):
+    with saving.claim(args.save), verification.fresh_process() as fresh:
         with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None), process_group(device):
             with steps.step("load checkpoint"):
                 model, checkpoint = calibration.load_float_model(cfg, args)
@@ -146,6 +146,8 @@ def main() -> None:
             if args.dry_run:
                 print(plan(model, left_float(model, inserted, recipe, args.disable), frames, args.save))
                 return
+            if args.verify and rank() == 0:
+                fresh.start()
             with steps.step("fold batch norm"):
                 model.to(device)
                 sample = gates.load_sample(frames, device) if frames and args.checks and rank() == 0 else None
@@ -169,7 +171,9 @@ def main() -> None:
                 made_of = calibration.provenance(args, cfg, recipe, method, made) | auto.record(found) | improved
                 files = saving.write(model, args.save, staging, made_of)
             with steps.step("verify"):
-                verified = verification.verify(model, files, frames) if args.verify else "not verified (--no-verify)"
+                verified = "not verified (--no-verify)"
+                if args.verify:
+                    verified = verification.verify(model, files, frames, fresh)
 
         saving.warn_if_replaced(args.ckpt, checkpoint)
         print(summary(model, recipe, left_float(model, inserted, recipe, args.disable), measured, made))

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +19,21 @@ from lean.structure import describe, stored_tensors
 from lean.switches import quantized_layers
 from qat.common import VerificationError
 from qat.frames import Frames, first_readable
+from qat.fresh_process import FreshProcess
 from qat.inference import load_model
 from qat.made_up import made_up_batch
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 Report = dict[str, dict[str, Any]]
 
 
-def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None) -> str:
+def fresh_process() -> FreshProcess:
+    """What `verify` needs; start it early, since importing everything takes long."""
+    return FreshProcess("-W", "ignore", "-m", "qat.verification")
+
+
+def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None, fresh: FreshProcess) -> str:
     """Compare what the files give in a fresh process with `model`: structure, tensors, and every output for one frame.
 
     The frame runs on the CPU, wherever the model is: a GPU's kernels are chosen by timing, and add in an order that
@@ -38,6 +41,7 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None) -> st
 
     Args:
         frames: the first of them is run; a made-up one if there are none.
+        fresh: a started `fresh_process`.
 
     Returns:
         What was compared, in a line.
@@ -51,8 +55,12 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None) -> st
     batch = first_batch(frames) if frames else made_up_batch(model)
     with tempfile.TemporaryDirectory(prefix="bevfusion-ptq-") as folder:
         torch.save(batch, Path(folder, "batch.pt"))
-        reports = _in_fresh_process(Path(folder), files)
-    expected = json.loads(json.dumps(report(model, batch)))
+        request = {"files": [str(file.resolve()) for file in files], "threads": torch.get_num_threads()}
+        Path(folder, "request.json").write_text(json.dumps(request))
+        fresh.ask(folder)
+        expected = json.loads(json.dumps(report(model, batch)))
+        fresh.wait()
+        reports = json.loads(Path(folder, "reports.json").read_text())
     for file, found in zip(files, reports, strict=True):
         if problem := first_difference(expected, found):
             raise VerificationError(f"{file.name}, loaded in a fresh process, is not the model in memory: {problem}")
@@ -134,22 +142,8 @@ def first_difference(expected: Report, found: Report) -> str | None:
     return None
 
 
-def _in_fresh_process(folder: Path, files: Sequence[Path]) -> list[Report]:
-    """Reports of the models in `files` on the batch in `folder`, from a process with as many threads."""
-    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # it is no part of torchrun's group
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    request = {"files": [str(file.resolve()) for file in files], "threads": torch.get_num_threads()}
-    (folder / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-W", "ignore", "-m", "qat.verification", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise VerificationError(f"a fresh process can't load and run what was saved: {last.removeprefix('error: ')}")
-    return json.loads((folder / "reports.json").read_text())
-
-
 def answer(folder: Path) -> None:
-    """Do what `_in_fresh_process` asks for; this is the fresh process."""
+    """Do what `verify` asks for; this is the fresh process."""
     request = json.loads((folder / "request.json").read_text())
     torch.set_num_threads(request["threads"])
     batch = torch.load(folder / "batch.pt", weights_only=False)
@@ -160,4 +154,5 @@ def answer(folder: Path) -> None:
 if __name__ == "__main__":
     from qat import common
 
-    common.run(lambda: answer(Path(sys.argv[1])))
+    if asked := sys.stdin.readline().strip():  # nothing, if the run has ended before
+        common.run(lambda: answer(Path(asked)))
