@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Self
 
 DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 VOID = {"img", "input", "br"}
@@ -14,9 +13,6 @@ VOID = {"img", "input", "br"}
 
 class Html(str):
     """Text that is HTML already; any other string is escaped where it is put into an element."""
-
-    def __add__(self, other: str) -> Self:
-        return type(self)(str.__add__(self, as_html(other)))
 
 
 def as_html(child: object) -> Html:
@@ -43,7 +39,7 @@ def element(name: str, *children: object, **attributes: object) -> Html:
     return Html(start if name in VOID else f"{start}{joined(children)}</{name}>")
 
 
-def joined(children: object) -> Html:
+def joined(children: Iterable[object]) -> Html:
     """The children one after the other."""
     return Html("".join(as_html(child) for child in children))
 

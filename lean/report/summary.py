@@ -110,5 +110,5 @@ def _time_cards(report: dict[str, Any]) -> list[Html]:
     seconds = [step["seconds"] for run in report["runs"] for step in run["steps"]]
     if not seconds:
         return []
-    scripts = joined(", ".join(dict.fromkeys(run["script"] for run in report["runs"])))
+    scripts = ", ".join(dict.fromkeys(run["script"] for run in report["runs"]))
     return [_card("Time", with_unit(f"{sum(seconds):.1f}", "s"), scripts)]

@@ -23,6 +23,7 @@ from lean.bevfusion_recipe import default_recipe, outputs_of
 from lean.fold import fold_dense, fold_sparse
 from lean.insert import insert_quantizers
 from lean.quantize import calibrate_model
+from lean.report.files import read
 from lean.sensitivity import run_trials, sensitivity_units, unit_quantizers
 from lean.sqnr import noise_between
 from lean.switches import disable_layers, named_quantizers, quantizer_flags
@@ -75,10 +76,12 @@ def run(root: Path, out: Path, *more: object) -> Outcome:
 def whole(root, tmp_path_factory) -> dict:
     """The result of an uninterrupted run with official scores, and what was printed."""
     out = tmp_path_factory.mktemp("whole") / "result.json"
-    done = run(root, out, "--metric", "mAP", "--only", *ONLY, "--stats", out.with_name("stats.npz"))
+    report = tmp_path_factory.mktemp("report")
+    more = ("--metric", "mAP", "--only", *ONLY, "--stats", out.with_name("stats.npz"), "--report", report)
+    done = run(root, out, *more)
     assert done.status == 0, done.err
     assert sorted(path.name for path in out.parent.iterdir()) == ["result.csv", "result.json", "stats.npz"]
-    return {"out": out, "text": done.out, **json.loads(out.read_text())}
+    return {"out": out, "text": done.out, "report": report, **json.loads(out.read_text())}
 
 
 def test_every_unit_is_tried_both_ways(whole):
@@ -121,9 +124,29 @@ def test_table_and_csv_hold_the_same(whole):
     assert "| all quantised" in whole["text"]
 
 
+def test_the_report_holds_the_table_and_the_layers(whole):
+    report = read(whole["report"])
+    (table,) = report["tables"]
+    titles = [column["title"] for column in table["columns"]]
+    first, row = whole["units"][0], table["rows"][0]
+    assert row[0] == ", ".join(first["layers"])
+    assert row[titles.index("heatmap (%)")] == 100 * first["alone"]["errors"]["heatmap"]
+    assert row[titles.index("mAP (%)")] == 100 * first["alone"]["scores"]["mAP"]
+    assert [len(cells) for cells in table["rows"]] == [len(titles)] * (len(whole["units"]) + 1)
+    measured = {layer["name"]: layer["sqnr"] for layer in report["layers"] if layer["sqnr"] is not None}
+    assert measured == {
+        name: parts["both"]
+        for unit in whole["units"]
+        if not unit["left_float"]
+        for name, parts in unit["sqnr_db"].items()
+    }
+    assert report["drift"]["groups"][0]["rows"][0]["values"][0] == whole["int8"]["drift"]["boxes"]
+    assert [file["role"] for file in report["files"]] == ["float"]
+
+
 def unlike(document: dict) -> dict:
     """A result without what differs between equal runs."""
-    return {key: value for key, value in document.items() if key not in ("out", "text", "command")}
+    return {key: value for key, value in document.items() if key not in ("out", "text", "report", "command")}
 
 
 @contextlib.contextmanager
@@ -173,8 +196,9 @@ def test_a_quantised_model_is_measured_as_it_was_calibrated(root, whole, tmp_pat
     assert run(root, out, *more, "--stats", stats).err == (
         f"error: {save} is quantised already: leave out --stats, or name the float checkpoint\n"
     )
-    done = run(root, out, *more)
+    done = run(root, out, *more, "--report", tmp_path / "report")
     assert done.status == 0, done.err
+    assert [file["role"] for file in read(tmp_path / "report")["files"]] == ["int8"]
     found = {unit["name"]: unit for unit in json.loads(out.with_suffix(".json").read_text())["units"]}
     for unit in whole["units"]:
         assert found[unit["name"]]["alone"]["errors"] == unit["alone"]["errors"]
