@@ -21,6 +21,7 @@ from tests.lean.export.sparse_samples import (
     ONE_VOXEL,
     cosine,
     distance,
+    exact,
     float_backbone,
     golden_backbone,
     small_backbone,
@@ -90,7 +91,7 @@ def test_integers_equal_fake_quantisation_with_the_numbers_of_the_file(export, b
     """All that the PyTorch model lacks is the fp16 of the output."""
     actual = run(export(backbone, inverse=inverse), *voxels(), True, inverse)
     features, coordinates = voxels()
-    expected = bev(round_to_file(backbone), features.half().float(), coordinates)
+    expected = bev(exact(backbone), features.half().float(), coordinates)
     assert actual.dtype == np.float16
     assert cosine(actual, expected) >= 0.999
     assert distance(actual, expected) < 5e-4
@@ -150,7 +151,7 @@ def same_integers(interpreter, backbone, features, coordinates) -> tuple[int, in
 
 def test_every_integer_of_every_layer_is_that_of_fake_quantisation(export, backbone):
     interpreter = export(backbone)
-    compared, wrong = same_integers(interpreter, round_to_file(backbone), *voxels())
+    compared, wrong = same_integers(interpreter, exact(backbone), *voxels())
     assert compared > 1e5
     assert wrong == 0
 
@@ -259,7 +260,7 @@ def test_golden_frame(golden, export):
     interpreter = export(backbone)
     with disable_quantization(backbone):
         assert distance(run(interpreter, features, coordinates, False), bev(backbone, features, coordinates)) < 1e-3
-    backbone = round_to_file(backbone)
+    backbone = exact(backbone)
     expected = bev(backbone, features.half().float(), coordinates)
     assert cosine(run(interpreter, features, coordinates, True), expected) >= 0.999
     compared, wrong = same_integers(interpreter, backbone, features, coordinates)
