@@ -16,11 +16,15 @@ from pathlib import Path
 import yaml
 
 from bevfusion.config import load_config
+from bevfusion.data import frames_of, unreadable_frames
+from bevfusion.errors import InputError
+from qat.frames import choose_frames, first_readable
 from tests.fuzzing import SECONDS, Verdict, damage, main, time_limit
 from tests.qat.demo_samples import CKPT, CONFIG, SMALLER, write_world
 from tests.qat.mutations import damage_structure
 from tests.qat.ptq_samples import Outcome, run_here
 
+ANNOTATIONS = "data.train.dataset.ann_file="
 MEMORY = 16 * 2**30  # bytes of address space: a damaged size is not to fill the machine
 
 Damage = Callable[[Path, random.Random], list]
@@ -128,12 +132,27 @@ def verdict(done: Outcome) -> Verdict:
 
 
 def trial(world: Path, save: Path, kind: Damage, seed: int) -> tuple[str, Verdict]:
-    """One damaged input, run as far as it goes."""
+    """One damaged config, run as far as it goes, or the frames of one damaged info file, read as a run reads them."""
+    what = f"{kind.__name__} {seed}"
     try:
         with time_limit(SECONDS):
-            return f"{kind.__name__} {seed}", verdict(run(world, save, kind, seed, whole=True))
+            if kind in (config_structure, config_text):
+                return what, verdict(run(world, save, kind, seed, whole=True))
+            read_frames(world, Path(kind(world, random.Random(f"{what}"))[-1].removeprefix(ANNOTATIONS)))
+            return what, Verdict("correct")
+    except InputError as error:
+        return what, Verdict("unclear refusal" if "\n" in str(error) else "refused", str(error))
     except Exception as error:
-        return f"{kind.__name__} {seed}", Verdict("traceback", "".join(traceback.format_exception(error)[-3:]))
+        return what, Verdict("traceback", "".join(traceback.format_exception(error)[-3:]))
+
+
+def read_frames(world: Path, infos: Path) -> None:
+    """Choose frames of an info file, open the files of all, and load one, without a model."""
+    cfg = load_config(CONFIG, [f"dataset_root={world}/", *SMALLER, f"{ANNOTATIONS}{infos}"])
+    frames = choose_frames(cfg, "test", 2, 0)
+    for error in unreadable_frames(frames_of(frames.dataset), frames.indices).values():
+        raise error
+    first_readable(frames)
 
 
 if __name__ == "__main__":
