@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bevfusion.checkpoint import load_checkpoint
 from bevfusion.data import calibration_loader
 from bevfusion.models import build_model
 from lean.calibrate import calibrate_weights, check_calibrated, model_device
-from lean.checked_file import need_safetensors
+from lean.checked_file import holds_checked, need_safetensors
 from lean.distributed import local_world, rank
 from lean.files import check_writable
 from lean.quantize import calibrate_model, set_quantizer_fast
@@ -75,7 +76,10 @@ def load_float_model(cfg: Mapping[str, Any], args: argparse.Namespace) -> tuple[
 
     Raises:
         InputError: the config or the checkpoint can't be used.
+        UsageError: the checkpoint is that of a quantised model.
     """
+    if Path(args.ckpt).is_file() and holds_checked(Path(args.ckpt)):
+        raise common.UsageError(f"--ckpt {args.ckpt}: is quantised already; name the float checkpoint")
     model = build_model(cfg["model"])
     report = load_checkpoint(model, args.ckpt, allow_partial=args.allow_partial, trust_pickle=args.trust_pickle)
     if not report.complete:

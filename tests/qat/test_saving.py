@@ -161,6 +161,12 @@ def test_two_runs_of_one_result_are_one_too_many(root, older):
     assert_nothing_changed(older)
 
 
+def test_a_quantised_model_is_not_quantised_again(root, result, older):
+    done = ptq(root, older, "--ckpt", result.with_suffix(".safetensors"))
+    expect_refusal(done, 2, "ptq.safetensors: is quantised already; name the float checkpoint")
+    assert_nothing_changed(older)
+
+
 def test_what_a_killed_run_has_left_is_cleared_away(result, older):
     (older.parent / ".ptq.pth.new").mkdir()
     (older.parent / ".ptq.pth.new" / "ptq.pth").write_bytes(b"half")
