@@ -158,7 +158,7 @@ def automatic(bench: Bench, metric: str) -> dict[str, Any]:
         bench.judge.reference(model)
         _, result = auto.choose_layers(model, bench.recipe, (bench.search, bench.judge), args)
         print(result.describe(), file=sys.stderr)
-        with auto.floating(model, result.choice.layers):
+        with auto.floating(model, result.layers):
             results, int8 = bench.judge.detect(model, metric), int8_layers(model)
     return bench.score(f"--auto --metric {metric}", results, int8, time.perf_counter() - start)
 

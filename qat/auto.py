@@ -37,8 +37,8 @@ class Result:
 
     Attributes:
         choice: drops on the frames that were searched on.
-        verified: drop on other frames, before (the recipe's own layers in float) and after.
-        share: of the MACs of the layers that can be quantised, in INT8, before and after; share_of_all: of all MACs.
+        verified: drop on other frames, before (the recipe's own layers in float) and with the layers chosen as well.
+        share: part in INT8, before and after, of the MACs of the layers that can be quantised; share_of_all: of all.
         slower: how much more time the frame is estimated to take, relative to before.
     """
 
@@ -57,13 +57,18 @@ class Result:
         """Whether the target is met on the frames that were searched on and on the others."""
         return self.choice.met and self.verified[1] <= self.target
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers to leave in FP16: those chosen, or none if they don't help on the frames not searched on."""
+        return self.choice.layers if self.kept or self.verified[1] < self.verified[0] else ()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and names, for the model's record."""
         fields = ("metric", "target", "frames", "verified", "share", "share_of_all", "slower", "seconds", "kept")
         found = {name: getattr(self, name) for name in fields}
         drops = (self.choice.attempts[0].drop, self.choice.best.drop)
         return found | {
-            "layers": list(self.choice.layers),
+            "layers": list(self.layers),
             "searched": drops,
             "measurements": len(self.choice.attempts),
         }
@@ -77,8 +82,10 @@ class Result:
             ("MACs in INT8, of what can be quantised", *(f"{100 * x:.1f} %" for x in self.share)),
             ("MACs in INT8, of the whole model", *(f"{100 * x:.1f} %" for x in self.share_of_all)),
         ]
-        table = common.format_table(("points", "before", "after"), rows, right=("before", "after"))
-        layers = ", ".join(self.choice.layers) or "none: the target is met without"
+        table = common.format_table(("points", "before", "with them"), rows, right=("before", "with them"))
+        layers = ", ".join(self.layers) or "none: the target is met without"
+        if not self.layers and self.choice.layers:
+            layers = f"none: {', '.join(self.choice.layers)} helped on the frames searched on, but not on the others"
         target = f"at most {self.target:g} points of {self.metric}"
         outcome = f"{target}: " + ("met" if self.kept else "NOT met; the table says how far it came")
         effort = f"{len(self.choice.attempts)} measurements, {self.seconds:.0f} s; estimated frame {self.slower:+.1%}"
@@ -153,7 +160,7 @@ def choose_layers(
     )
     if not result.kept:
         logger.warning("--auto: the target was not met: %.2f points lost", max(choice.best.drop, verified[1]))
-    found = dataclasses.replace(recipe, disable=(*recipe.disable, *choice.layers))
+    found = dataclasses.replace(recipe, disable=(*recipe.disable, *result.layers))
     save_recipe(found, recipe_file(args.save), f"found by qat/ptq.py --auto\n{result.describe()}")
     return found, result
 

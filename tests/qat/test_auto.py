@@ -11,7 +11,9 @@ import yaml
 from bevfusion.config import load_config
 from bevfusion.create_data import create_data
 from bevfusion.models import build_model
+from lean.mixed import Attempt, Candidate, Choice
 from lean.switches import quantized_layers
+from qat.auto import Result
 from qat.judge import split_frames
 from tests.bevfusion import tiny_nuscenes as tiny
 from tests.conftest import ROOT
@@ -65,7 +67,6 @@ def test_an_unreachable_target_says_how_far_it_came_and_writes_the_recipe(root, 
     assert "--auto: the target was not met" in done.err
     assert "NOT met" in done.out
     chosen = in_float(tmp_path / "ptq.pth")
-    assert chosen > ALWAYS_FLOAT
     found = torch.load(tmp_path / "ptq.pth", weights_only=False).module.ptq["auto"]
     assert set(found["layers"]) == chosen - ALWAYS_FLOAT
     assert 0.9 <= found["share"][1] < found["share"][0]
@@ -75,6 +76,22 @@ def test_an_unreachable_target_says_how_far_it_came_and_writes_the_recipe(root, 
     assert recipe.read_text().startswith("# found by qat/ptq.py --auto\n")
     disabled = yaml.safe_load(recipe.read_text())["disable"]
     assert [name for name in disabled if "*" not in name] == ["decoder.neck.deblocks.0.0", *found["layers"]]
+
+
+def test_layers_that_help_only_where_they_were_searched_for_are_not_used():
+    layers = Candidate(("a", "b"), 1.0)
+    choice = Choice(Attempt((layers,), 0.1), True, (Attempt((), 2.0), Attempt((layers,), 0.1)))
+    base = {"metric": "mAP", "target": 0.2, "frames": (4, 4), "choice": choice, "slower": 0.01, "seconds": 9.0}
+    shares = {"share": (0.99, 0.96), "share_of_all": (0.8, 0.7)}
+    met = Result(**base, **shares, verified=(1.0, 0.2))
+    assert (met.kept, met.layers) == (True, ("a", "b"))
+    assert "0.2 points of mAP: met" in met.describe() and "as well: a, b" in met.describe()
+    closer = Result(**base, **shares, verified=(1.0, 0.5))
+    assert (closer.kept, closer.layers) == (False, ("a", "b"))
+    assert "NOT met" in closer.describe()
+    useless = Result(**base, **shares, verified=(1.0, 1.1))
+    assert (useless.kept, useless.layers, useless.to_dict()["layers"]) == (False, (), [])
+    assert "none: a, b helped on the frames searched on, but not on the others" in useless.describe()
 
 
 def test_improvements_change_the_parameters_of_int8_layers_alone(root, tmp_path):
