@@ -190,6 +190,7 @@ def test_a_quantised_model_is_measured_as_it_was_calibrated(root, whole, tmp_pat
     with mock.patch.object(sys, "argv", ["sensitivity.py", *arguments(root, tmp_path / "out.json", "--stats", stats)]):
         args = sensitivity.parse_args()
     prepared = quantised_model(common.load_config(args), args, torch.device("cpu"), 0)
+    prepared.model.ptq = prepared.made_of
     torch.save(MMDataParallel(prepared.model), save)
     out = tmp_path / "result.csv"
     more = ("--ckpt", save, "--only", *ONLY)
