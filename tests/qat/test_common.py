@@ -52,6 +52,11 @@ def test_bad_input_is_one_line_and_status_2(body, line):
     assert result.stdout == ""
 
 
+def test_a_result_that_fails_its_verification_is_one_line_and_status_3():
+    result = script("def main():\n    raise common.VerificationError('a.pth\\n  differs')\ncommon.run(main)")
+    assert (result.returncode, result.stderr) == (3, "error: a.pth differs\n")
+
+
 def test_an_input_error_from_a_data_loading_process_is_one_line(capsys):
     def main():
         from torch._utils import ExceptionWrapper

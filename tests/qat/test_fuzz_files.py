@@ -7,7 +7,7 @@ from bevfusion.errors import InputError
 from tests.fuzz_files import trials
 from tests.fuzzing import judge, run
 
-COUNT = int(os.environ.get("FUZZ_COUNT", "60"))
+COUNT = int(os.environ.get("FUZZ_COUNT", "40"))
 
 
 def test_mutated_files_are_read_right_or_refused_in_one_line(tmp_path, capsys):
