@@ -44,7 +44,7 @@ def pack(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> bytes:
 
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"document": plain(document), "tensors": {name: _described(copy) for name, copy in copies.items()}}
-    text = _canonical({"content": content, "sha256": _sha256(_canonical(content).encode())})
+    text = _compact({"content": content, "sha256": _sha256(_compact(content).encode())})
     return save(copies, {KEY: text})
 
 
@@ -94,8 +94,8 @@ def plain(value: Any, where: str = "") -> Any:
     raise QuantizationError(f"{where or 'the document'} is a {type(value).__name__}: it can't be saved")
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))  # in the order as it is: a model's parts may follow its config's
 
 
 def _sha256(data: Any) -> str:
@@ -129,7 +129,7 @@ def _content(data: bytes, path: Path) -> dict[str, Any]:
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         text = header.get("__metadata__", {}).get(KEY)
         sealed = None if text is None else json.loads(text)
-        whole = sealed is None or sealed["sha256"] == _sha256(_canonical(sealed["content"]).encode())
+        whole = sealed is None or sealed["sha256"] == _sha256(_compact(sealed["content"]).encode())
         if whole and len(data) < 8 + size + max(ends, default=0):
             raise QuantizationError(f"{path} is truncated ({len(data)} of {8 + size + max(ends)} bytes): {DAMAGED}")
     except QuantizationError:

@@ -13,7 +13,7 @@ import torch
 import lean
 from lean import funcs
 from lean.artifact import Artifact
-from lean.checked_file import holds_checked
+from lean.checked_file import holds_checked, pack, unpack
 from lean.errors import QuantizationError
 from lean.sharing import sharing_groups
 from lean.structure import describe, stored_tensors
@@ -96,6 +96,15 @@ def test_equal_runs_give_equal_bytes(tmp_path):
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "1"})
     torch.manual_seed(0)
     assert (tmp_path / "a").read_bytes() == Artifact.of(quantised(), MADE_OF).to_bytes()
+
+
+def test_mappings_keep_their_order(tmp_path):
+    """A config's order is that of the parts that are built by it, and of their outputs."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(pack({}, {"rot": 1, "dim": {"z": 2, "a": 3}}))
+    document = unpack(file)[1]
+    assert list(document) == ["rot", "dim"]
+    assert list(document["dim"]) == ["z", "a"]
 
 
 def test_loading_leaves_the_random_state_alone(saved):
