@@ -1,6 +1,6 @@
 # make setup   build .venv; takes seconds when nothing has changed; REPAIR="spconv mmcv" installs these stages again
 # make lint    check style and formatting
-# make test    run the tests; PYTEST_ARGS="-k config" selects some
+# make test    run the tests, in up to four processes; PYTEST_ARGS="-k config" selects some
 # make demo    quantise, score and draw on a small synthetic world; DEMO_ARGS="--limit 20"
 # make bench   time calibration and fake quantisation against pytorch-quantization; BENCH_ARGS="--only model"
 .PHONY: setup lint test demo bench
@@ -15,7 +15,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/python qat/demo.py $(DEMO_ARGS)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -141,8 +142,9 @@ def test_model_files_are_told_apart_without_loading_them(root, tmp_path):
 
 
 def test_a_model_of_unknown_classes_is_refused(root, cfg, tmp_path):
-    content = (root / "whole.pth").read_bytes().replace(b"bevfusion.models.detector", b"bevfusion.models.vanished")
-    (tmp_path / "old.pth").write_bytes(content)
+    with zipfile.ZipFile(root / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in whole.namelist():
+            old.writestr(name, whole.read(name).replace(b"bevfusion.models.detector", b"bevfusion.models.vanished"))
     with pytest.raises(InputError, match="another version of this project"):
         load_model(cfg, tmp_path / "old.pth", torch.device("cpu"))
 
