@@ -43,7 +43,7 @@ def pack(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save
 
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = {"document": plain(document), "tensors": {name: _described(copy) for name, copy in copies.items()}}
+    content = {"document": plain(document), "tensors": {name: _described(copies[name]) for name in sorted(copies)}}
     text = _compact({"content": content, "sha256": _sha256(_compact(content).encode())})
     return save(copies, {KEY: text})
 

@@ -83,7 +83,7 @@ class Result:
             ("MACs in INT8, of the whole model", *(f"{100 * x:.1f} %" for x in self.share_of_all)),
         ]
         table = common.format_table(("points", "before", "with them"), rows, right=("before", "with them"))
-        layers = ", ".join(self.layers) or "none: the target is met without"
+        layers = ", ".join(self.layers) or f"none: {'the target is met without' if self.kept else 'no layers helped'}"
         if not self.layers and self.choice.layers:
             layers = f"none: {', '.join(self.choice.layers)} helped on the frames searched on, but not on the others"
         target = f"at most {self.target:g} points of {self.metric}"
@@ -159,7 +159,7 @@ def choose_layers(
         seconds=time.perf_counter() - start,
     )
     if not result.kept:
-        logger.warning("--auto: the target was not met: %.2f points lost", max(choice.best.drop, verified[1]))
+        logger.warning("--auto: the target was not met: %.2f points lost", max(choice.best.drop, result.verified[1]))
     found = dataclasses.replace(recipe, disable=(*recipe.disable, *result.layers))
     save_recipe(found, recipe_file(args.save), f"found by qat/ptq.py --auto\n{result.describe()}")
     return found, result

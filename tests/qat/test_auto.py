@@ -69,7 +69,7 @@ def test_an_unreachable_target_says_how_far_it_came_and_writes_the_recipe(root, 
     chosen = in_float(tmp_path / "ptq.pth")
     found = torch.load(tmp_path / "ptq.pth", weights_only=False).module.ptq["auto"]
     assert set(found["layers"]) == chosen - ALWAYS_FLOAT
-    assert 0.9 <= found["share"][1] < found["share"][0]
+    assert 0.9 <= found["share"][1] <= found["share"][0]  # equal if no set of layers was measured to help
     assert 0 < found["searched"][1] <= found["searched"][0]
     assert not found["kept"]
     recipe = tmp_path / "ptq.recipe.yaml"
