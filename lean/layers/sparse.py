@@ -102,7 +102,8 @@ class QuantSparseConvolution(QuantLayer, SparseConvolution):
 
         Other types than float32 are left alone: FP16 can't hold the sums.
         """
-        rounding = all(quantizer.is_rounding for quantizer in self.quantizers)
+        # The library's own quantizers, put here for comparison, don't tell.
+        rounding = all(getattr(quantizer, "is_rounding", False) for quantizer in self.quantizers)
         if not rounding or dtype != torch.float32 or self.weight.dtype != torch.float32:
             return None
         return tuple(quantizer.step for quantizer in self.quantizers)
