@@ -48,13 +48,3 @@ def arguments(root: Path, save: Path, *more: object, frames: int = 3) -> list[st
 def ptq(root: Path, save: Path, *more: object, frames: int = 3) -> Outcome:
     """Run it in this process."""
     return run_here(*arguments(root, save, *more, frames=frames))
-
-
-def expect_refusal(done: Outcome, *words: str) -> None:
-    """Status 2 with one line that holds the words."""
-    assert done.status == 2, done.out + done.err
-    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.err
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in lines[0], lines[0]

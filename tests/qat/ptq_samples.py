@@ -72,3 +72,13 @@ def edit_infos(path: Path, change) -> None:
     content = json.loads(path.read_text())
     content["infos"] = [change(info) for info in content["infos"]]
     path.write_text(json.dumps(content))
+
+
+def expect_refusal(done: Outcome, *words: str) -> None:
+    """Assert status 2 and one line on stderr that holds these words."""
+    assert done.status == 2, done.out + done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.err
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in lines[0], lines[0]

@@ -28,13 +28,3 @@ def run_script(script: str, *arguments: object) -> Outcome:
         specification.loader.exec_module(module)
         common.run(module.main)
     return Outcome(stopped.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def expect_refusal(done: Outcome, *words: str) -> None:
-    """Assert status 2 and one line on stderr that holds these words."""
-    assert done.status == 2, done.out + done.err
-    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.err
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in lines[0], lines[0]

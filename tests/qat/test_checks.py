@@ -21,7 +21,8 @@ from lean.status import layer_status
 from lean.switches import quantized_layers
 from qat import gates, preflight
 from tests.lean.tiny import TinyFusion
-from tests.qat.demo_samples import CKPT, CONFIG, SMALLER, TRAINING_FRAMES, expect_refusal, ptq, write_world
+from tests.qat.demo_samples import CKPT, CONFIG, SMALLER, TRAINING_FRAMES, ptq, write_world
+from tests.qat.ptq_samples import expect_refusal
 
 
 @pytest.fixture(scope="module")

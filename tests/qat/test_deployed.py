@@ -27,8 +27,8 @@ from qat.exporting import example_voxels
 from tests.bevfusion import tiny_nuscenes as tiny
 from tests.conftest import ROOT
 from tests.lean.export.samples import distance, reduced_batch, reduced_ptq
-from tests.qat.ptq_samples import REDUCED
-from tests.qat.scripts import expect_refusal, run_script
+from tests.qat.ptq_samples import REDUCED, expect_refusal
+from tests.qat.scripts import run_script
 
 WEAK_FLOAT = DenseOptions("weak", fp16=True, layernorm_plugin=True)
 STRONG_FLOAT = DenseOptions("strong", fp16=True)

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 
 from lean.errors import QuantizationError
 from lean.export.trtexec import Network, layer_precisions, trtexec_version
-from tests.qat.test_export import expect_refusal, run_script
+from tests.qat.ptq_samples import expect_refusal
+from tests.qat.scripts import run_script
 
 STAND_IN = """#!{python}
 import json, pathlib, sys

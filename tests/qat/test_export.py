@@ -16,8 +16,8 @@ from qat import common
 from qat.exporting import first_difference
 from tests.conftest import ROOT
 from tests.lean.export.samples import reduced_model, reduced_ptq
-from tests.qat.ptq_samples import REDUCED
-from tests.qat.scripts import expect_refusal, run_script
+from tests.qat.ptq_samples import REDUCED, expect_refusal
+from tests.qat.scripts import run_script
 
 DENSE = ["camera.backbone.onnx", "camera.vtransform.onnx", "fuser.onnx", "head.bbox.onnx"]
 FILES = sorted([*DENSE, "lidar.backbone.xyz.onnx"])

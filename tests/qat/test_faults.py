@@ -19,7 +19,8 @@ from lean.switches import named_quantizers
 from qat import collection, common
 from qat.collection import partial_file
 from qat.frames import choose_frames
-from tests.qat.demo_samples import CONFIG, SMALLER, TRAINING_FRAMES, expect_refusal, ptq, write_world
+from tests.qat.demo_samples import CONFIG, SMALLER, TRAINING_FRAMES, ptq, write_world
+from tests.qat.ptq_samples import expect_refusal
 
 
 @pytest.fixture(scope="module")

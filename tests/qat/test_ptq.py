@@ -17,7 +17,7 @@ from qat.common import DEFAULT_CONFIG
 from tests.conftest import ROOT
 from tests.golden_model import golden_batch, golden_model, golden_state_dict
 from tests.lean.golden_names import our_quantizer
-from tests.qat.ptq_samples import Outcome, edit_infos, link_frame, options, run_here
+from tests.qat.ptq_samples import Outcome, edit_infos, expect_refusal, link_frame, options, run_here
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +102,6 @@ def test_other_methods_give_other_amax(root, tmp_path, method):
     first, second = (named_quantizers(load(tmp_path / name)) for name in ("mse.pth", "other.pth"))
     changed = [name for name in first if not torch.equal(first[name].amax, second[name].amax)]
     assert len(changed) > 50
-
-
-def expect_refusal(done: Outcome, *words: str) -> None:
-    assert done.status == 2, done.out + done.err
-    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.err
-    assert "Traceback" not in done.err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(
