@@ -17,6 +17,7 @@ from bevfusion.data import calibration_dataset, calibration_frames, calibration_
 from bevfusion.data.loader import FrameLoader
 from bevfusion.models import build_model
 from lean.calibrate import observe, observing
+from lean.observer import FiniteCheck
 from lean.quantize import initialize, set_quantizer_fast
 from qat.collection import forward_of
 from qat.common import choose_workers
@@ -48,7 +49,9 @@ def observer(model: nn.Module, device: str, stock: bool) -> Callable[[Iterable, 
             observe(model, batches, count, forward)
         else:
             with observing(model) as observers:
-                observe(model, batches, count, forward, None, lambda number, _: observers.check_finite(str(number)))
+                finite = FiniteCheck(observers)
+                observe(model, batches, count, forward, None, lambda number, _: finite.after(str(number)))
+                finite.finish()
         if device == "cuda":
             torch.cuda.synchronize()
 

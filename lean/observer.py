@@ -100,16 +100,49 @@ class Observers:
             counts.copy_(torch.from_numpy(statistics[name].counts))
             extremes.copy_(torch.from_numpy(statistics[name].extremes))
 
-    def check_finite(self, frame: str) -> None:
-        """Raise QuantizationError if NaN or infinity was seen, naming the quantizers and `frame`; synchronises once."""
-        special = torch.stack([self._counts[:, slot] for slot in (NAN, POS_INF, NEG_INF)], dim=1).tolist()
-        bad = [(name, counts) for name, counts in zip(self._names, special, strict=True) if any(counts)]
+    def special(self) -> Tensor:
+        """How many NaN, +Inf and -Inf each quantizer has seen, (N, 3) int64, on the state's device."""
+        return torch.stack([self._counts[:, slot] for slot in (NAN, POS_INF, NEG_INF)], dim=1)
+
+    def refuse_special(self, special: Tensor, frame: str) -> None:
+        """Raise QuantizationError if any of the counts of `special` is not 0, naming the quantizers and `frame`."""
+        bad = [(name, counts) for name, counts in zip(self._names, special.tolist(), strict=True) if any(counts)]
         if bad:
             (name, (nan, pos_inf, neg_inf)), more = bad[0], f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise QuantizationError(
                 f"{name}{more} got {nan} NaN, {pos_inf} +Inf and {neg_inf} -Inf values in {frame}: "
                 "check that frame and the checkpoint"
             )
+
+
+class FiniteCheck:
+    """Stops at the frame that brought NaN or infinity; on CUDA one frame late, so that the device is not waited for."""
+
+    def __init__(self, observers: Observers):
+        self._observers = observers
+        self._pending: tuple[str, Tensor, torch.cuda.Event | None] | None = None
+
+    def after(self, frame: str) -> None:
+        """Note what was seen up to the end of `frame`, and raise QuantizationError for the frame before it."""
+        special, arrived = self._observers.special(), None
+        if special.is_cuda:
+            special = torch.empty(special.shape, dtype=special.dtype, pin_memory=True).copy_(special, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.finish()
+        self._pending = frame, special, arrived
+        if arrived is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Raise QuantizationError if the last frame brought NaN or infinity."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        frame, special, arrived = pending
+        if arrived is not None:
+            arrived.synchronize()
+        self._observers.refuse_special(special, frame)
 
 
 def install_observers(quantizers: Mapping[str, TensorQuantizer]) -> Observers:

@@ -22,6 +22,7 @@ from lean.calibrate import (
 )
 from lean.errors import QuantizationError
 from lean.insert import Inserted, insert_branch
+from lean.observer import FiniteCheck
 from lean.ranges import Method, methods_of, set_amax, set_stock_amax
 from lean.recipe import BranchRecipe, LayerRule
 from lean.status import quantizer_table
@@ -116,11 +117,13 @@ def calibrate_model(
     forward = batch_processor_callback or run_detector
     if calibrator == "lean":
         with observing(model) as observers:
+            finite = FiniteCheck(observers)
 
             def check(number: int, batch: Any) -> None:
-                observers.check_finite(name_of(number, batch))
+                finite.after(name_of(number, batch))
 
             done = observe(model, dataloader, num_batch, forward, progress, check)
+            finite.finish()
         set_amax(model, observers.statistics(summed=True), method, **options)
     elif calibrator == "stock":
         reset_statistics(model)

@@ -18,7 +18,7 @@ from lean.calibrate import Forward, input_quantizers, model_device, observe, obs
 from lean.distributed import gathered, rank, world
 from lean.errors import QuantizationError
 from lean.matching import matches
-from lean.observer import Observers
+from lean.observer import FiniteCheck, Observers
 from lean.statistics import Statistics
 from qat.frames import Frames
 from qat.stopping import deferred_signals, explained_failures, first_forward
@@ -74,6 +74,7 @@ def collect(
 
         def save(done: int) -> None:
             nonlocal kept
+            run.finite.finish()
             found, unreadable = observers.statistics(summed=True), sorted(gathered(run.unreadable))
             if rank() == 0:
                 Statistics(found, done, {**made_of, "unreadable": unreadable}).save(partial)
@@ -111,6 +112,9 @@ class _Run:
     unreadable: list[int] = field(default_factory=list)
     works: bool = False
 
+    def __post_init__(self) -> None:
+        self.finite = FiniteCheck(self.observers)
+
     def __call__(self, places: Sequence[Place], title: str, after_frame: Callable[[int], None]) -> None:
         """Run the frames at `places`; `after_frame` is called with how many have run, and may raise."""
         if not places:
@@ -134,7 +138,7 @@ class _Run:
                 self.works = True
 
         def after_batch(number: int, _: Any) -> None:
-            self.observers.check_finite(f"frame {frames.token(at[1])}")
+            self.finite.after(f"frame {frames.token(at[1])}")
             after_frame(number)
 
         def progress(batches, total):
@@ -142,6 +146,7 @@ class _Run:
 
         with explained_failures(lambda: f"frame {frames.token(at[1])}", device):
             observe(self.model, zip(places, loader, strict=False), len(places), forward, progress, after_batch)
+            self.finite.finish()
 
 
 def _replace(run: _Run, bad: list[int], asked: Callable[[], type[BaseException] | None]) -> list[int | None]:

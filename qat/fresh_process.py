@@ -1,5 +1,7 @@
 """A second Python process that gets ready while this one is at work."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
@@ -12,6 +14,11 @@ from qat.common import VerificationError
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # it is no part of torchrun's
+
+
+def verifier() -> FreshProcess:
+    """The process that `qat.verification.verify` asks; start it early, since importing everything takes long."""
+    return FreshProcess("-W", "ignore", "-m", "qat.verification")
 
 
 class FreshProcess:

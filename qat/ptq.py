@@ -11,6 +11,7 @@ import math
 import os
 
 from qat import common, mixed_options, reporting
+from qat.fresh_process import FreshProcess, verifier
 
 METHODS = ("mse", "entropy", "percentile", "max")
 
@@ -112,9 +113,17 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
 
 
 def main() -> None:
-    """Load, insert quantizers, fold, calibrate, disable, save; then say what was done."""
+    """Quantise, while another process gets ready to verify the result."""
     args = parse_args()
     common.set_up_logging(args)
+    with verifier() as fresh:
+        if args.verify and not args.dry_run and os.environ.get("RANK", "0") == "0":
+            fresh.start()
+        quantise(args, fresh)
+
+
+def quantise(args: argparse.Namespace, fresh: FreshProcess) -> None:
+    """Load, insert quantizers, fold, calibrate, disable, save; then say what was done."""
     steps = common.Steps()
     with steps.step("import"):
         from lean.distributed import local_device, process_group, rank
@@ -132,7 +141,7 @@ def main() -> None:
     seed = cfg.get("seed", 0) if args.seed is None else args.seed
     common.make_repeatable(seed, cfg.get("deterministic", False))
 
-    with saving.claim(args.save), verification.fresh_process() as fresh:
+    with saving.claim(args.save):
         with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None), process_group(device):
             with steps.step("load checkpoint"):
                 model, checkpoint = calibration.load_float_model(cfg, args)
@@ -146,8 +155,6 @@ def main() -> None:
             if args.dry_run:
                 print(plan(model, left_float(model, inserted, recipe, args.disable), frames, args.save))
                 return
-            if args.verify and rank() == 0:
-                fresh.start()
             with steps.step("fold batch norm"):
                 model.to(device)
                 sample = gates.load_sample(frames, device) if frames and args.checks and rank() == 0 else None

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,6 @@ CPU = torch.device("cpu")
 Report = dict[str, dict[str, Any]]
 
 
-def fresh_process() -> FreshProcess:
-    """What `verify` needs; start it early, since importing everything takes long."""
-    return FreshProcess("-W", "ignore", "-m", "qat.verification")
-
-
 def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None, fresh: FreshProcess) -> str:
     """Compare what the files give in a fresh process with `model`: structure, tensors, and every output for one frame.
 
@@ -41,7 +39,7 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None, fresh
 
     Args:
         frames: the first of them is run; a made-up one if there are none.
-        fresh: a started `fresh_process`.
+        fresh: a started `qat.fresh_process.verifier`.
 
     Returns:
         What was compared, in a line.
@@ -55,10 +53,13 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None, fresh
     batch = first_batch(frames) if frames else made_up_batch(model)
     with tempfile.TemporaryDirectory(prefix="bevfusion-ptq-") as folder:
         torch.save(batch, Path(folder, "batch.pt"))
-        request = {"files": [str(file.resolve()) for file in files], "threads": torch.get_num_threads()}
+        # The files are run at the same time as the model in memory, all with as many threads.
+        threads = max(torch.get_num_threads() // (len(files) + 1), 1)
+        request = {"files": [str(file.resolve()) for file in files], "threads": threads}
         Path(folder, "request.json").write_text(json.dumps(request))
         fresh.ask(folder)
-        expected = json.loads(json.dumps(report(model, batch)))
+        with running_on(threads):
+            expected = json.loads(json.dumps(report(model, batch)))
         fresh.wait()
         reports = json.loads(Path(folder, "reports.json").read_text())
     for file, found in zip(files, reports, strict=True):
@@ -142,13 +143,29 @@ def first_difference(expected: Report, found: Report) -> str | None:
     return None
 
 
+@contextmanager
+def running_on(threads: int) -> Iterator[None]:
+    """Let torch compute with that many CPU threads for the length of a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def answer(folder: Path) -> None:
-    """Do what `verify` asks for; this is the fresh process."""
+    """Do what `verify` asks for; this is the fresh process, which forks for each file and has nothing but imports."""
     request = json.loads((folder / "request.json").read_text())
-    torch.set_num_threads(request["threads"])
-    batch = torch.load(folder / "batch.pt", weights_only=False)
-    reports = [report(load_model({}, file, CPU), batch) for file in request["files"]]
+    with ProcessPoolExecutor(len(request["files"]), multiprocessing.get_context("fork")) as pool:
+        reports = list(pool.map(partial(report_file, folder, request["threads"]), request["files"]))
     (folder / "reports.json").write_text(json.dumps(reports))
+
+
+def report_file(folder: Path, threads: int, file: str) -> Report:
+    """Load a file and report what it gives for the batch of `verify`."""
+    with running_on(threads):
+        return report(load_model({}, file, CPU), torch.load(folder / "batch.pt", weights_only=False))
 
 
 if __name__ == "__main__":

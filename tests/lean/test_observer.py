@@ -16,7 +16,7 @@ from torch import nn
 from lean.amax import choose_amax
 from lean.errors import QuantizationError
 from lean.histogram import Histogram
-from lean.observer import HistogramObserver, install_observers
+from lean.observer import FiniteCheck, HistogramObserver, install_observers
 from tests.lean import distributed_observing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,13 +130,15 @@ def test_statistics_of_another_model_are_refused(model):
 @pytest.mark.parametrize(("value", "text"), [(np.nan, "1 NaN"), (np.inf, r"1 \+Inf"), (-np.inf, "1 -Inf")])
 def test_non_finite_values_are_reported_with_quantizer_and_frame(model, value, text):
     observers = calibrating(model)
+    finite = FiniteCheck(observers)
     model(frames(1)[0])
-    observers.check_finite("frame 7")
+    finite.after("frame 7")
+    finite.finish()
     bad = frames(1)[0]
     bad[0, 0, 3, 3] = value
     model.first._input_quantizer(bad)
     with pytest.raises(QuantizationError, match=rf"first\._input_quantizer got .*{text}.* in frame 8"):
-        observers.check_finite("frame 8")
+        finite.after("frame 8")
 
 
 def test_a_quantizer_per_channel_is_refused():
@@ -158,16 +160,30 @@ def test_an_unsigned_quantizer_refuses_negative_values_by_name():
 @pytest.mark.gpu
 def test_the_gpu_collects_without_synchronising_and_counts_the_same(model):
     observers = calibrating(model, "cuda")
+    finite = FiniteCheck(observers)
     batch = [frame.cuda() for frame in frames()]
     model(batch[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for frame in batch[1:]:
+        for number, frame in enumerate(batch[1:]):
             model(frame)
+            finite.after(f"frame {number}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    finite.finish()
     expected = Histogram.from_values(torch.cat(frames()).numpy())
     assert observers.statistics()["first._input_quantizer"] == expected
+
+
+@pytest.mark.gpu
+def test_the_gpu_reports_non_finite_values_a_frame_later_by_the_right_name(model):
+    observers = calibrating(model, "cuda")
+    finite = FiniteCheck(observers)
+    model.first._input_quantizer(torch.full((4,), float("nan"), device="cuda"))
+    finite.after("frame 1")
+    model(frames()[0].cuda())
+    with pytest.raises(QuantizationError, match=r"4 NaN, .* in frame 1"):
+        finite.after("frame 2")
 
 
 def test_three_processes_have_the_statistics_of_one(tmp_path):

@@ -20,6 +20,7 @@ from lean.errors import QuantizationError
 from lean.lock import sole_writer
 from qat import calibration, exporting, saving, verification
 from qat.common import DEFAULT_CONFIG, VerificationError
+from qat.fresh_process import verifier
 from qat.inference import holds_whole_model, load_model
 from qat.made_up import made_up_batch
 from tests.conftest import ROOT
@@ -121,7 +122,7 @@ def test_a_file_that_is_not_the_model_in_memory_takes_no_older_ones_place(result
     words = "ptq.safetensors, loaded in a fresh process, .*: 1 of 5.. tensors differ, first decoder.neck.deblocks.1.0.w"
     with (
         pytest.raises(VerificationError, match=words),
-        verification.fresh_process() as fresh,
+        verifier() as fresh,
         saving.staged(older) as staging,
     ):
         fresh.start()
