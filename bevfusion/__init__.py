@@ -3,8 +3,4 @@
 This package knows nothing of quantisation.
 """
 
-from bevfusion.compat import import_mmdet3d
-
 __version__ = "0.1.0"
-
-import_mmdet3d()

@@ -3,9 +3,14 @@
 Importing this module adds children to their registries and nothing else.
 """
 
+# ruff: noqa: E402
 import difflib
 from collections.abc import Mapping
 from functools import partial
+
+from bevfusion.compat import import_mmdet3d
+
+import_mmdet3d()  # before anything else does
 
 import mmdet3d.core
 import mmdet3d.models  # noqa: F401

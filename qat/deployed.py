@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mmdet3d.core.bbox import LiDARInstance3DBoxes
 from torch import Tensor, nn
 
 from bevfusion.boxes import lidar_to_legacy
+from bevfusion.data import LiDARInstance3DBoxes
 from bevfusion.errors import InputError
 from bevfusion.models.box_coder import TransFusionBBoxCoder
 from bevfusion.models.view_transform import BaseTransform, CameraGeometry

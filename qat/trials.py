@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet3d.core.bbox import LiDARInstance3DBoxes
 from torch import nn
 from tqdm import tqdm
 
-from bevfusion.data import FrameLoader, NuScenesDataset, to_device
+from bevfusion.data import FrameLoader, LiDARInstance3DBoxes, NuScenesDataset, to_device
 from lean.bevfusion_recipe import outputs_of
 from lean.calibrate import model_device
 from lean.sensitivity import Outcome, Trial, Unit, plan_trials, run_trials

@@ -55,6 +55,12 @@ assert mmcv.__version__ == actual
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
 
 
+def test_the_synthetic_world_needs_neither_torch_nor_mmdet3d():
+    code = "import sys, bevfusion.synthetic; print(*{'torch', 'mmcv', 'mmdet3d'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
 def scripts() -> list[Path]:
     return [path for path in sorted((ROOT / "qat").glob("*.py")) if "sys.path[0] =" in path.read_text()]
 

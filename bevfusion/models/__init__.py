@@ -1,5 +1,6 @@
 """The BEVFusion float model; importing this package registers its modules."""
 
+from bevfusion import registry  # noqa: F401 - first, since it makes mmdet3d importable
 from bevfusion.models import (
     assigner,
     box_coder,

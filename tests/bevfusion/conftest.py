@@ -1,3 +1,3 @@
-"""Imports bevfusion before any test module does: mmdet3d can be imported only after it."""
+"""Imports our registry before any test module does: mmdet3d can be imported only after it."""
 
-import bevfusion  # noqa: F401
+import bevfusion.registry  # noqa: F401
