@@ -1,7 +1,7 @@
 """Running the trials of a sensitivity analysis over frames: what is kept of each, and going on after a stop."""
 
 import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,13 @@ from lean.calibrate import model_device
 from lean.sensitivity import Outcome, Trial, Unit, plan_trials, run_trials
 from lean.sqnr import PARTS, Noise, measure_noise
 from qat.journal import Journal
+from qat.parallel import share_out
 
 LAYERS = "layers"  # key of the noise of each layer on its own
+AT_ONCE = 8  # frames, at most: each has all activations of the network in memory
+
+Missing = Mapping[str, Collection[str]]  # trials by token
+Keep = Callable[[tuple[str, Any]], None]  # takes a row's key and the row
 
 
 @dataclass(frozen=True)
@@ -57,33 +62,43 @@ class Experiment:
         total = len(trials) * len(self.indices)
         with tqdm(total=total, initial=total - count, desc="trials", unit="trial", smoothing=0.05, disable=None) as bar:
 
-            def keep(token: str, trial: str, row: Any) -> None:
-                journal.add(row_key(token, trial), row)
+            def keep(found: tuple[str, Any]) -> None:
+                journal.add(*found)
                 bar.update()
 
-            for index, batch in zip(todo, FrameLoader(self.dataset, 1, workers, sampler=todo), strict=True):
-                token = self.dataset.data_infos[index].token
-                self._run_frame(token, to_device(batch, model_device(self.model)), missing[token], keep)
+            self._run_frames(todo, missing, workers, keep)
 
-    def _run_frame(
-        self, token: str, batch: dict, missing: Iterable[str], keep: Callable[[str, str, Any], None]
-    ) -> None:
-        model = self.model
-        if LAYERS in missing:
+    def _run_frames(self, todo: Sequence[int], missing: Missing, workers: int, keep: Keep) -> None:
+        """Run the `missing` trials of the frames `todo`; on the CPU several frames at a time."""
+        device = model_device(self.model)
+        together = min(torch.get_num_threads(), len(todo), AT_ONCE) if device.type == "cpu" else 1
+
+        def run_frame(index: int, keep: Keep) -> None:
+            (batch,) = FrameLoader(self.dataset, 1, 0, sampler=[index])
+            self._run_frame(index, to_device(batch, device), missing, keep)
+
+        if together > 1:
+            share_out(todo, run_frame, keep, together)
+            return
+        for index, batch in zip(todo, FrameLoader(self.dataset, 1, workers, sampler=todo), strict=True):
+            self._run_frame(index, to_device(batch, device), missing, keep)
+
+    def _run_frame(self, index: int, batch: dict, missing: Missing, keep: Keep) -> None:
+        model, token = self.model, self.dataset.data_infos[index].token
+        if LAYERS in missing[token]:
             layers = [layer for unit in self.units for layer in unit.layers]
             found = measure_noise(model, [batch], lambda m, one: m(**one), parts=PARTS, layers=layers).layers
-            keep(token, LAYERS, {part: noise_row(noise) for part, noise in found.items()})
+            keep((row_key(token, LAYERS), {part: noise_row(noise) for part, noise in found.items()}))
 
         def report(outcome: Outcome) -> None:
-            keep(token, str(outcome.trial), outcome_row(outcome))
+            keep((row_key(token, outcome.trial), outcome_row(outcome)))
 
-        trials = {trial for trial in plan_trials(self.units) if str(trial) in missing}
         run_trials(
             model,
             lambda: model(**batch),
             self.units,
             report,
-            trials=trials,
+            trials={trial for trial in plan_trials(self.units) if str(trial) in missing[token]},
             outputs=outputs_of(model),
             part=self.part,
         )

@@ -4,10 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from multiprocessing import connection
 from pathlib import Path
 
 import cv2
@@ -15,6 +12,7 @@ from tqdm import tqdm
 
 import bevfusion
 from bevfusion.errors import InputError
+from bevfusion.processes import start_worker
 from bevfusion.synthetic.capture import capture, map_file, record_path, write_atomically
 from bevfusion.synthetic.options import Options
 from bevfusion.synthetic.tables import build_tables
@@ -113,15 +111,8 @@ def _capture_all(options: Options, out: Path, workers: int, progress: bool) -> N
 
 
 def _start_worker() -> None:
-    """Make a worker single-threaded, deaf to Ctrl-C (its parent hears it), and gone when its parent is."""
+    start_worker()
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def _submit(pool: Executor, options: Options, out: Path, missing: list[tuple[str, int]]) -> list[Future]:

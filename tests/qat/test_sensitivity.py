@@ -27,7 +27,7 @@ from lean.report.files import read
 from lean.sensitivity import run_trials, sensitivity_units, unit_quantizers
 from lean.sqnr import noise_between
 from lean.switches import disable_layers, named_quantizers, quantizer_flags
-from qat import common, sensitivity
+from qat import common, parallel, sensitivity
 from qat.common import DEFAULT_CONFIG
 from qat.journal import Journal
 from qat.preparing import quantised_model
@@ -183,6 +183,23 @@ def test_an_interrupted_run_is_gone_on_with(root, whole, tmp_path):
     assert done.status == 0, done.err
     assert unlike(json.loads(out.read_text())) == unlike(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.csv", "result.json"]
+
+
+def test_frames_side_by_side_give_what_frames_one_after_another_do(root, whole, tmp_path):
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            with mock.patch("qat.trials.share_out", wraps=parallel.share_out) as shared:
+                done = run(
+                    root, tmp_path / "out.json", "--stats", whole["out"].with_name("stats.npz"), "--only", BLOCK + ".*"
+                )
+        finally:
+            torch.set_num_threads(before)
+        assert done.status == 0, done.err
+        assert shared.called == (threads > 1)
+        found.append(unlike(json.loads((tmp_path / "out.json").read_text())))
+    assert found[0] == found[1]
 
 
 def test_a_quantised_model_is_measured_as_it_was_calibrated(root, whole, tmp_path):
