@@ -269,6 +269,8 @@ def _explain(error: Exception) -> str | None:
         if "\nOriginal Traceback" in text:  # it came from a data loading process
             text = text.strip().rpartition("\n")[2].partition(": ")[2]
         return " ".join(text.split())
+    if isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error):  # not even room for a program
+        return "the GPU has no memory left: end other programs on it (nvidia-smi lists them), or use --device cpu"
     if isinstance(error, OSError) and error.errno in _USERS_OS_ERRORS and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -18,6 +18,7 @@ from bevfusion.data.nuscenes import NuScenesDataset
 from bevfusion.data.pipelines.paste import MissingDatabaseError
 from bevfusion.data.wrappers import build_dataset
 from bevfusion.errors import InputError, explaining
+from bevfusion.processes import limit_numpy_threads
 
 GROUND_TRUTH_ONLY = ("LoadBEVSegmentation",)  # transforms that draw nothing at random and make nothing a forward reads
 
@@ -102,12 +103,10 @@ class FrameLoader:
 
 
 def _start_worker(_: int) -> None:
-    """One thread for each process; Ctrl-C is for the main process, which may want the frame at hand."""
+    """One thread for each process; signals to all of them are for the main one, which may want the frame at hand."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(ImportError):
-        import threadpoolctl
-
-        threadpoolctl.threadpool_limits(1)  # numpy's linear algebra; torch limits its own threads
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    limit_numpy_threads()  # torch limits its own
 
 
 def _collate(samples: Sequence[Any], batch_size: int) -> Any:

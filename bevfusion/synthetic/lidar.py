@@ -155,8 +155,8 @@ class _Sectors:
         size = np.maximum(2 * radius, high - low)
         wanted = np.flatnonzero((nearest < MAX_RANGE) & (last > first) & (size > TINY * away))
         return cls(
-            beams=[slice(a, b) for a, b in zip(first, last, strict=True)],
-            columns=[slice(a, a + w) for a, w in zip(start, width, strict=True)],
+            beams=list(map(slice, first.tolist(), last.tolist())),
+            columns=list(map(slice, start.tolist(), (start + width).tolist())),
             middle=np.round((towards - azimuth[0]) / step).astype(int) % COLUMNS,
             nearest=nearest,
             wanted=wanted[np.argsort(nearest[wanted], kind="stable")],

@@ -1,7 +1,11 @@
 """What a synthetic world consists of: the options, their limits, and the names and times that follow from them."""
 
+import ast
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 from bevfusion.errors import InputError
 from bevfusion.synthetic.rig import CAMERAS, LIDAR, NATIVE_SIZE
@@ -87,13 +91,21 @@ class Options:
 
 def split_names(version: str) -> tuple[list[str], list[str]]:
     """Scene names for training and for validation: the devkit's own splits of that version."""
-    # Imported here because the devkit takes seconds to import, and processes that only render need none of it.
-    from nuscenes.utils import splits
-
-    known = {"v1.0-mini": (splits.mini_train, splits.mini_val), "v1.0-trainval": (splits.train, splits.val)}
+    lists = _devkit_lists()
+    train = sorted({*lists["train_detect"], *lists["train_track"]})
+    known = {"v1.0-mini": (lists["mini_train"], lists["mini_val"]), "v1.0-trainval": (train, lists["val"])}
     if version not in known:
         raise InputError(f"--version is {version!r}: it must be one of {', '.join(known)}")
     return known[version]
+
+
+@lru_cache(maxsize=1)
+def _devkit_lists() -> dict[str, list[str]]:
+    """The lists of scene names in the devkit's source by name, not imported: that takes seconds."""
+    (devkit,) = find_spec("nuscenes").submodule_search_locations
+    body = ast.parse(Path(devkit, "utils", "splits.py").read_text()).body
+    lists = (node for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in lists}
 
 
 def start_of(name: str) -> int:

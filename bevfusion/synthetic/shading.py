@@ -139,7 +139,8 @@ def _shade_solids(planes: np.ndarray, faces: _Faces, pixels: _Pixels) -> None:
     if not len(where):
         return
     solid, side = np.divmod(np.take(pixels.face, where), np.int32(MAX_FACES))
-    face = np.take(faces.row, solid) + side
+    # Indices of any other type are converted anew for each of the many looks-up.
+    face = (np.take(faces.row, solid) + side).astype(np.intp)
     depth = np.take(pixels.depth, where)
     x, y, z = (pixels.origin[k] + np.take(pixels.rays[k], where) * depth for k in range(3))
     size = np.take(faces.size, face)
@@ -150,7 +151,7 @@ def _shade_solids(planes: np.ndarray, faces: _Faces, pixels: _Pixels) -> None:
         along = (a * x + b * y + c * z + shift) * np.float32(0.9998) + np.float32(1e-4)
         along -= np.floor(along)
         places.append(np.minimum((along * size).astype(np.int32), size - 1))
-    texel = np.take(faces.start, face) + places[1] * size + places[0]
+    texel = (np.take(faces.start, face) + places[1] * size + places[0]).astype(np.intp)
     for plane, texels, colour in zip(planes, atlas().texels, faces.colour, strict=True):
         plane.ravel()[where] = np.take(texels, texel) * np.take(colour, face)
 

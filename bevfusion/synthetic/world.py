@@ -99,7 +99,7 @@ def _capture_all(options: Options, out: Path, workers: int, progress: bool) -> N
                 capture(options, out, name, k)
                 bar.update()
             return
-        # Forked processes share what is imported already: importing bevfusion anew takes seconds.
+        # Forked processes share what is imported already.
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
             try:

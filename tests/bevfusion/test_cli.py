@@ -23,6 +23,7 @@ def raising(error: BaseException):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a"), 2, "error: a: No such file or directory"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device; free some space"),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory. Try a smaller"),
+        (RuntimeError("CUDA error: out of memory\nmore"), 2, "error: CUDA error: out of memory more Try a smaller"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -93,14 +93,18 @@ def test_batches_lie_in_page_locked_memory_where_cuda_is_in_use(train, workers):
     assert to_device(batch, "cuda")["img"].is_cuda
 
 
-def test_workers_leave_interruptions_to_the_main_process(train):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_the_main_process(train, number):
     batches = iter(FrameLoader(train, 1, 1))
     next(batches)
     worker = multiprocessing.active_children()[0]
-    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, number)
     for _ in range(3):
         next(batches)
     assert worker.is_alive()
+    batches.close()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def test_last_batch_may_be_smaller(tiny, golden):

@@ -14,6 +14,7 @@ import pytest
 from bevfusion.errors import InputError
 from bevfusion.synthetic import generate
 from bevfusion.synthetic.__main__ import main
+from bevfusion.synthetic.options import split_names
 
 TINY = {"scenes": 1, "val_scenes": 1, "frames": 3, "image_size": (320, 180), "seed": 5, "progress": False}
 
@@ -44,9 +45,11 @@ def nusc(world):
 
 
 def test_scene_names_are_those_of_the_splits(nusc):
-    from nuscenes.utils.splits import mini_train, mini_val
+    from nuscenes.utils.splits import mini_train, mini_val, train, val
 
     assert [scene["name"] for scene in nusc.scene] == [mini_train[0], mini_val[0]]
+    assert split_names("v1.0-mini") == (mini_train, mini_val)
+    assert split_names("v1.0-trainval") == (train, val)
 
 
 def test_every_token_leads_somewhere(nusc):

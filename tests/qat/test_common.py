@@ -36,6 +36,10 @@ def test_importing_it_loads_nothing_heavy():
     [
         ("raise common.UsageError('--save: no')", "error: --save: no"),
         ("from lean.errors import QuantizationError as E; raise E('no\\n  data')", "error: no data"),
+        (
+            "raise RuntimeError('CUDA error: out of memory\\nmore')",
+            "error: the GPU has no memory left: end other programs",
+        ),
         ("open('missing/file')", "error: missing/file: No such file or directory"),
         ("open('tests', 'w')", "error: tests: Is a directory"),
         (
@@ -177,7 +181,7 @@ import logging, warnings
 parser = common.ArgumentParser("test")
 common.add_logging_arguments(parser)
 common.set_up_logging(parser.parse_args())
-import bevfusion, pytorch_quantization, spconv.pytorch
+import bevfusion.data, pytorch_quantization, spconv.pytorch
 from pytorch_quantization.nn import TensorQuantizer
 TensorQuantizer().disable_calib()
 warnings.warn("a library's announcement")
