@@ -31,6 +31,7 @@ from lean.amax import choose_amax
 from lean.fused import FusedQuantizer
 from lean.histogram import SLOTS, Histogram
 from lean.observer import install_observers
+from qat.common import make_repeatable
 
 
 def observing(device: str, size: int, repeats: int) -> list[Row]:
@@ -162,7 +163,7 @@ def main() -> None:
     args = parse_args()
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as qat/ptq.py computes
+    make_repeatable(0)  # as qat/ptq.py computes
     parts = {
         "observe": lambda: observing(args.device, args.size, args.repeats),
         "quantise": lambda: fake_quantising(args.device, args.size, args.repeats),

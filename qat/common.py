@@ -164,7 +164,7 @@ def choose_workers(asked: int | None, device: "torch.device") -> int:
 
 
 def make_repeatable(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, numpy and torch, and keep float32 products exact: no TF32.
+    """Seed Python, numpy and torch, and keep float32 products exact (no TF32) and sparse ones in one order.
 
     `deterministic` also makes torch choose repeatable algorithms where it has any.
     """
@@ -173,10 +173,13 @@ def make_repeatable(seed: int, deterministic: bool = False) -> None:
     import numpy as np
     import torch
 
+    from bevfusion.ops.repeatable import keep_to_one_order_of_sums
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    keep_to_one_order_of_sums()
     if deterministic:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
