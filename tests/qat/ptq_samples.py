@@ -9,9 +9,13 @@ from typing import NamedTuple
 from unittest import mock
 
 import pytest
+import torch
 
+from bevfusion.config import load_config
+from bevfusion.models import build_model
 from qat import common, ptq
 from tests.bevfusion.data_samples import reference_info, write_infos
+from tests.conftest import ROOT
 
 REDUCED = (
     "image_size=[64,176]",
@@ -48,6 +52,14 @@ def options(root: Path, reduced: bool = True) -> list[str]:
     """Values of `--cfg-options` for a root of `link_frame`: its info files are JSON."""
     files = [f"data.{part}={root}/nuscenes_infos_{s}.json" for part, s in FILES]
     return [*files, *(REDUCED if reduced else ())]
+
+
+def with_reduced_model(root: Path) -> Path:
+    """Put the reduced model's checkpoint with random weights, `float.pth`, into a root of `link_frame`."""
+    torch.manual_seed(0)
+    model = build_model(load_config(ROOT / common.DEFAULT_CONFIG, options(root)).model)
+    torch.save({"state_dict": model.state_dict()}, root / "float.pth")
+    return root
 
 
 NO_VERIFY = ("--no-verify",)

@@ -10,24 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from bevfusion.config import load_config
-from bevfusion.models import build_model
 from lean.switches import named_quantizers, quantized_layers
 from qat.common import DEFAULT_CONFIG
 from tests.conftest import ROOT
 from tests.golden_model import golden_batch, golden_model, golden_state_dict
 from tests.lean.golden_names import our_quantizer
-from tests.qat.ptq_samples import Outcome, edit_infos, expect_refusal, link_frame, options, run_here
+from tests.qat.ptq_samples import Outcome, edit_infos, expect_refusal, link_frame, options, run_here, with_reduced_model
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, realframe, golden) -> Path:
     """A data root of four copies of the real keyframe, with the reduced model's checkpoint."""
     folder = link_frame(tmp_path_factory.mktemp("data") / "nuscenes", realframe, golden, frames=4)
-    torch.manual_seed(0)
-    model = build_model(load_config(ROOT / DEFAULT_CONFIG, options(folder)).model)
-    torch.save({"state_dict": model.state_dict()}, folder / "float.pth")
-    return folder
+    return with_reduced_model(folder)
 
 
 @pytest.fixture

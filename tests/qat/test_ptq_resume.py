@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevfusion.config import load_config
-from bevfusion.models import build_model
 from lean.amax import choose_amax
 from lean.statistics import Statistics
 from lean.switches import named_quantizers
 from qat.common import DEFAULT_CONFIG
 from tests.conftest import ROOT
-from tests.qat.ptq_samples import Outcome, edit_infos, link_frame, options, run_here
+from tests.qat.ptq_samples import Outcome, edit_infos, link_frame, options, run_here, with_reduced_model
 
 FRAMES = 5
 
@@ -36,10 +34,7 @@ def root(tmp_path_factory, realframe, golden) -> Path:
         return info
 
     edit_infos(folder / "nuscenes_infos_train.json", turn_cameras)
-    torch.manual_seed(0)
-    model = build_model(load_config(ROOT / DEFAULT_CONFIG, options(folder)).model)
-    torch.save({"state_dict": model.state_dict()}, folder / "float.pth")
-    return folder
+    return with_reduced_model(folder)
 
 
 def arguments(root: Path, save: Path, *more: object) -> list[str]:

@@ -10,17 +10,14 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
-import torch
 
-from bevfusion.config import load_config
-from bevfusion.models import build_model
 from lean.report.files import read
 from lean.report.schema import FORMAT, VERSION, check
 from qat import common, ptq, report
 from qat.common import DEFAULT_CONFIG
 from qat.model_report import mixed_table
 from tests.conftest import ROOT
-from tests.qat.ptq_samples import NO_VERIFY, Outcome, link_frame, options
+from tests.qat.ptq_samples import NO_VERIFY, Outcome, link_frame, options, with_reduced_model
 
 
 def run(script: ModuleType, *arguments: object) -> Outcome:
@@ -40,10 +37,7 @@ def run(script: ModuleType, *arguments: object) -> Outcome:
 def root(tmp_path_factory, realframe, golden) -> Path:
     """A data root of two copies of the real keyframe, with the reduced model's checkpoint."""
     folder = link_frame(tmp_path_factory.mktemp("data") / "nuscenes", realframe, golden, frames=2)
-    torch.manual_seed(0)
-    model = build_model(load_config(ROOT / DEFAULT_CONFIG, options(folder)).model)
-    torch.save({"state_dict": model.state_dict()}, folder / "float.pth")
-    return folder
+    return with_reduced_model(folder)
 
 
 def quantise(root: Path, out: Path, *more: object) -> Outcome:

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 import lean
-from bevfusion.config import load_config
-from bevfusion.models import build_model
 from lean.artifact import Artifact
 from lean.errors import QuantizationError
 from lean.lock import sole_writer
@@ -24,7 +22,7 @@ from qat.fresh_process import verifier
 from qat.inference import holds_whole_model, load_model
 from qat.made_up import made_up_batch
 from tests.conftest import ROOT
-from tests.qat.ptq_samples import Outcome, link_frame, options, run_here
+from tests.qat.ptq_samples import Outcome, link_frame, options, run_here, with_reduced_model
 
 CPU = torch.device("cpu")
 OLD = b"an older result"
@@ -34,10 +32,7 @@ OLD = b"an older result"
 def root(tmp_path_factory, realframe, golden) -> Path:
     """A data root of two copies of the real keyframe, with the reduced model's checkpoint."""
     folder = link_frame(tmp_path_factory.mktemp("data") / "nuscenes", realframe, golden, frames=2)
-    torch.manual_seed(0)
-    model = build_model(load_config(ROOT / DEFAULT_CONFIG, options(folder)).model)
-    torch.save({"state_dict": model.state_dict()}, folder / "float.pth")
-    return folder
+    return with_reduced_model(folder)
 
 
 def ptq(root: Path, save: Path, *more: object) -> Outcome:
