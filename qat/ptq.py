@@ -117,7 +117,8 @@ def main() -> None:
     args = parse_args()
     common.set_up_logging(args)
     with verifier() as fresh:
-        if args.verify and not args.dry_run and os.environ.get("RANK", "0") == "0":
+        first = os.environ.get("RANK", "0") == "0"  # as `lean.distributed.rank`, whose import takes seconds
+        if args.verify and not args.dry_run and first:
             fresh.start()
         quantise(args, fresh)
 

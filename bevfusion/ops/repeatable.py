@@ -11,7 +11,7 @@ def keep_to_one_order_of_sums() -> None:
     """Let spconv choose among kernels that add in one order only, for float32 forwards, in the whole process.
 
     On the first convolution of each size spconv times its kernels and keeps the fastest. Some of them share a sum out
-    among warps, so that the last bits would depend on the machine's mood. Nothing changes where there is no CUDA.
+    among warps, so that the last bits would depend on a race. Nothing changes where there is no CUDA.
     """
     if ops.CONV_CPP is not None:
         ops.CONV_CPP = tuner([params for params in ALL_IMPGEMM_PARAMS if not shares_sums_out(params)])

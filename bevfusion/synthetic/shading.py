@@ -139,7 +139,7 @@ def _shade_solids(planes: np.ndarray, faces: _Faces, pixels: _Pixels) -> None:
     if not len(where):
         return
     solid, side = np.divmod(np.take(pixels.face, where), np.int32(MAX_FACES))
-    # Indices of any other type are converted anew for each of the many looks-up.
+    # Indices of any other type are converted anew for each of the many look-ups.
     face = (np.take(faces.row, solid) + side).astype(np.intp)
     depth = np.take(pixels.depth, where)
     x, y, z = (pixels.origin[k] + np.take(pixels.rays[k], where) * depth for k in range(3))
