@@ -31,7 +31,7 @@ from lean.insert import insert_quantizers
 from lean.quantize import initialize
 from lean.ranges import Method, set_amax
 from lean.switches import disable_quantization, named_quantizers, quantized_layers, quantizer_flags
-from qat import auto, calibration, common, improve
+from qat import auto, calibration, common, improve, tables
 from qat.frames import Frames, choose_frames
 from qat.judge import open_judges
 
@@ -186,7 +186,7 @@ def main() -> None:
     args = parse_args()
     common.set_up_logging(args)
     initialize()
-    steps = common.Steps()
+    steps = tables.Steps()
     args.save.parent.mkdir(parents=True, exist_ok=True)
     with steps.step("load, calibrate three times"):
         bench = Bench(common.load_config(args), args)
@@ -196,7 +196,7 @@ def main() -> None:
     columns = list(rows[0])
     cells = [[row["variant"], *(f"{row[name]:.2f}" for name in columns[1:-1]), f"{row['seconds']:.0f}"] for row in rows]
     print(f"scored on {len(bench.judge.indices)} frames; --auto searched on {len(bench.search.indices)} others")
-    print(common.format_table(columns, cells, right=columns[1:]))
+    print(tables.format_table(columns, cells, right=columns[1:]))
     print(f"standard error of the default's losses: {noise['mAP lost']:.2f} mAP, {noise['NDS lost']:.2f} NDS")
     print(steps.table())
     if args.json:

@@ -32,7 +32,7 @@ from lean.matching import matches, select
 from lean.quantize import initialize
 from lean.ranges import set_amax
 from lean.switches import quantized_layers, quantizer_flags
-from qat import calibration, common
+from qat import calibration, common, tables
 from qat.frames import choose_frames
 from qat.inference import evaluation_dataset, spread
 
@@ -161,7 +161,7 @@ def main() -> None:
     scores = official_scores(cfg, args.score, args.workers or 0, device) if args.score else lambda _: []
     rows = measure(model, observers.statistics(), batches, off, args.parts, scores)
     headers = ("part in INT8", "method", "BEV features, %", "heatmap, %", "mAP", "NDS")[: len(rows[0])]
-    print(common.format_table(headers, rows, right=headers[2:]))
+    print(tables.format_table(headers, rows, right=headers[2:]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from lean.mixed import Candidate, Choice, rank, search
 from lean.recipe import Recipe
 from lean.sensitivity import ALONE, Outcome, plan_trials, run_trials, sensitivity_units
 from lean.switches import disable_quantization, quantized_layers, quantizer_flags
-from qat import calibration, common
+from qat import calibration, tables
 from qat.inference import spread
 from qat.judge import Judge, open_judges
 from qat.recipes import save_recipe
@@ -82,7 +82,7 @@ class Result:
             ("MACs in INT8, of what can be quantised", *(f"{100 * x:.1f} %" for x in self.share)),
             ("MACs in INT8, of the whole model", *(f"{100 * x:.1f} %" for x in self.share_of_all)),
         ]
-        table = common.format_table(("points", "before", "with them"), rows, right=("before", "with them"))
+        table = tables.format_table(("points", "before", "with them"), rows, right=("before", "with them"))
         layers = ", ".join(self.layers) or f"none: {'the target is met without' if self.kept else 'no layers helped'}"
         if not self.layers and self.choice.layers:
             layers = f"none: {', '.join(self.choice.layers)} helped on the frames searched on, but not on the others"

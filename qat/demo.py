@@ -15,7 +15,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 
-from qat import common
+from qat import common, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path("configs/demo/camera+lidar/resnet50.yaml")
@@ -114,7 +114,7 @@ def summary(args: argparse.Namespace) -> str:
     for name, key in (("mAP [%]", "mean_ap"), ("NDS [%]", "nds")):
         before, after = 100 * float_scores[key], 100 * int8_scores[key]
         rows.append((name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
-    table = common.format_table(("metric", "FP32", "INT8", "difference"), rows, ("FP32", "INT8", "difference"))
+    table = tables.format_table(("metric", "FP32", "INT8", "difference"), rows, ("FP32", "INT8", "difference"))
     sizes = [f"{path} ({path.stat().st_size / 2**20:.1f} MiB)" for path in (FLOAT, out / "bevfusion_ptq.pth")]
     return "\n".join(
         [
@@ -134,7 +134,7 @@ def main() -> int | None:
     """Run the steps that are not done yet, then sum up."""
     args = parse_arguments()
     common.set_up_logging(args)
-    steps = common.Steps()
+    steps = tables.Steps()
     args.out.mkdir(parents=True, exist_ok=True)
     for step in plan(args):
         if step.done:

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import NamedTuple
 
-from qat.common import ArgumentParser, format_table, run
+from qat.common import ArgumentParser, run
 from qat.probes import PROBES, Probe
+from qat.tables import format_table
 
 LISTS = ROOT / "requirements"
 VENV = ROOT / ".venv"

@@ -10,7 +10,7 @@ import argparse
 import shlex
 import shutil
 
-from qat import common
+from qat import common, tables
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main() -> None:
         layers = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "-"
         rows.append((engine.name, "built" if built else "up to date", f"{engine.stat().st_size / 2**20:.1f}", layers))
     print(f"TensorRT {version}, engines in {folder}")
-    print(common.format_table(("engine", "state", "MiB", "layers by input type"), rows, right=("MiB",)))
+    print(tables.format_table(("engine", "state", "MiB", "layers by input type"), rows, right=("MiB",)))
 
 
 if __name__ == "__main__":

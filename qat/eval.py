@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from qat import common, reporting
+from qat import common, reporting, tables
 
 if TYPE_CHECKING:
     import mmcv
@@ -84,7 +84,7 @@ def main() -> None:
     for path in filter(None, [*outputs, args.metrics]):
         ensure_writable(path)
     roles = reporting.roles_of(files) if args.report else []
-    steps = common.Steps()
+    steps = tables.Steps()
     with steps.step("open the data set"):
         dataset, nuscenes = open_data(cfg)
     workers = cfg.data.workers_per_gpu if args.workers is None else args.workers

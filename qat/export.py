@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from qat import common
+from qat import common, tables
 from qat.export_options import parse_arguments
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     """Load, write all parts or none, say what runs in which precision."""
     args = parse_arguments(__doc__, layernorm=True, inverse=True)
     common.set_up_logging(args)
-    steps = common.Steps()
+    steps = tables.Steps()
     with steps.step("import"):
         from lean.export.dense import export_camera, export_transfuser
         from lean.export.sparse import export_lidar

@@ -16,7 +16,7 @@ from lean.export.dense import DenseOptions, Written
 from lean.export.folder import all_or_none
 from lean.export.lint import WEIGHT_AXIS
 from lean.fold import fold_dense
-from qat import common
+from qat import common, tables
 from qat.inference import holds_whole_model, load_model
 
 FOR_FP16 = ("camera.vtransform.onnx", "head.bbox.onnx")  # not quantised, whatever the recipe: no need to list why
@@ -127,7 +127,7 @@ def report(written: Sequence[Written], files: Sequence[tuple[str, int]], options
             notes += [f"{name}: {finding}" for finding in part.findings if finding.why_float]
         notes += [f"{name}: {line}" for line in part.half.lines()] if part else []
     headers = ("file", "MiB", "int8 layers", "float layers")
-    return "\n".join([common.format_table(headers, rows, right=headers[1:]), *notes])
+    return "\n".join([tables.format_table(headers, rows, right=headers[1:]), *notes])
 
 
 def check_folder(args: argparse.Namespace) -> None:

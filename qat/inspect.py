@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qat import common
+from qat import common, tables
 
 if TYPE_CHECKING:
     from lean.artifact import Artifact
@@ -98,8 +98,8 @@ def description(path: Path, artifact: "Artifact") -> str:
         more = f" +{len(shared) - 1}" if len(shared) > 1 else ""
         rows.append((name, row["kind"], row["state"], bits, *ranges, shared[0] + more))
     headers = ("layer", "kind", "state", "bits", "input amax", "weight amax", "shares input scale with")
-    facts = common.format_table(("property", "value"), summary(path, artifact))
-    return f"{facts}\n{common.format_table(headers, rows)}"
+    facts = tables.format_table(("property", "value"), summary(path, artifact))
+    return f"{facts}\n{tables.format_table(headers, rows)}"
 
 
 def summary(path: Path, artifact: "Artifact") -> list[tuple[str, str]]:
@@ -154,7 +154,7 @@ def _section(title: str, headers: tuple[str, ...], rows: list, limit: int | None
     if not rows:
         return f"{title}: no difference"
     more = f", the first {limit} (--all lists them)" if limit and len(rows) > limit else ""
-    return f"{title}: {len(rows)} differ{more}\n{common.format_table(headers, rows[:limit])}"
+    return f"{title}: {len(rows)} differ{more}\n{tables.format_table(headers, rows[:limit])}"
 
 
 def _range(amax: Any) -> str:

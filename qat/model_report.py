@@ -13,7 +13,7 @@ from lean.report.charts import charts
 from lean.report.rows import layer_rows
 from lean.statistics import Statistics
 from lean.switches import named_quantizers
-from qat import common, reporting
+from qat import reporting, tables
 from qat.findings import measure, report_dataset
 
 
@@ -23,7 +23,7 @@ def report_model(
     cfg: Mapping[str, Any],
     statistics: Statistics | None,
     device: torch.device,
-    steps: common.Steps,
+    steps: tables.Steps,
     files: Sequence[str | Path],
     workers: int,
 ) -> None:

@@ -21,7 +21,7 @@ from lean.recipe import Recipe
 from lean.sharing import sharing_groups
 from lean.status import layer_status
 from lean.switches import quantized_layers
-from qat import common
+from qat import tables
 from qat.frames import Frames
 from qat.summary import float_lines
 
@@ -121,7 +121,7 @@ def plan(model: nn.Module, floats: Mapping[str, str], frames: Frames | None, sav
         )
         for layer in layer_status(model)
     ]
-    table = common.format_table(("layer", "kind", "computes in", "input scale of", "folds"), rows)
+    table = tables.format_table(("layer", "kind", "computes in", "input scale of", "folds"), rows)
     others = [f"{norm} into {conv} (float)" for conv, norm in norms.items() if conv not in quantized_layers(model)]
     quantised = sum(row[2] == "int8" for row in rows)
     lines = [

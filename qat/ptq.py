@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 
-from qat import common, mixed_options, reporting
+from qat import common, mixed_options, reporting, tables
 from qat.fresh_process import FreshProcess, verifier
 
 METHODS = ("mse", "entropy", "percentile", "max")
@@ -125,7 +125,7 @@ def main() -> None:
 
 def quantise(args: argparse.Namespace, fresh: FreshProcess) -> None:
     """Load, insert quantizers, fold, calibrate, disable, save; then say what was done."""
-    steps = common.Steps()
+    steps = tables.Steps()
     with steps.step("import"):
         from lean.distributed import local_device, process_group, rank
         from qat import auto, calibration, gates, saving, verification

@@ -12,7 +12,7 @@ from bevfusion.evaluation import Boxes, Drift, measure_drift, score_submission, 
 from lean.sensitivity import ALONE, FLOAT, INT8, WITHOUT, Trial, Unit, plan_trials
 from lean.sqnr import PARTS, Noise
 from lean.switches import quantized_layers
-from qat import common
+from qat import tables
 from qat.journal import Journal
 from qat.trials import LAYERS, Experiment, decode, row_key
 
@@ -75,7 +75,7 @@ def table(document: Mapping[str, Any], top: int | None = None) -> str:
             [unit["name"] + more + note, _least(unit, "both"), *_cells(unit["alone"], outputs, scored), without]
         )
     rows.append(["all quantised", "", *_cells(document["int8"], outputs, scored), ""])
-    return common.format_table(headers, rows, right=headers[1:])
+    return tables.format_table(headers, rows, right=headers[1:])
 
 
 def to_csv(document: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names 
 
 import argparse
 
-from qat import common, reporting
+from qat import common, reporting, tables
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def main() -> None:
     from qat.inference import load_model
     from qat.model_report import report_model
 
-    steps = common.Steps()
+    steps = tables.Steps()
     with steps.step("load model"):
         model = load_model(cfg, args.ckpt, device)
         made_of = getattr(model, "ptq", None)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat import common
+from qat import common, tables
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def report_of(title: str, run: Mapping[str, Any], **sections: Any) -> dict[str, 
     return {"format": FORMAT, "version": VERSION, "title": title, "runs": [dict(run)], **sections}
 
 
-def run_entry(steps: common.Steps, device: "torch.device", settings: Mapping[str, object]) -> dict[str, Any]:
+def run_entry(steps: tables.Steps, device: "torch.device", settings: Mapping[str, object]) -> dict[str, Any]:
     """How this process was run: command, times so far, device, versions; `settings`: in words."""
     import torch
 
@@ -142,7 +142,7 @@ def report_scores(
     dataset: "NuScenesDataset",
     frames: Sequence[int],
     device: "torch.device",
-    steps: common.Steps,
+    steps: tables.Steps,
 ) -> None:
     """Write the report of an evaluation: scores, and of two models the drift of the boxes and pictures.
 

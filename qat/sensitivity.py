@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qat import common, reporting
+from qat import common, reporting, tables
 
 if TYPE_CHECKING:
     from qat.trials import Experiment
@@ -70,7 +70,7 @@ def main() -> None:
     """Find frames, quantise, run the trials, rank."""
     args = parse_args()
     common.set_up_logging(args)
-    steps = common.Steps()
+    steps = tables.Steps()
     with steps.step("import"):
         from lean.files import check_writable
         from lean.lock import sole_writer

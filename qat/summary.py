@@ -9,7 +9,7 @@ from lean.matching import matches
 from lean.recipe import Recipe
 from lean.sqnr import Measured, Noise
 from lean.status import layer_status
-from qat import common
+from qat import tables
 
 
 def summary(
@@ -44,7 +44,7 @@ def branch_table(model: nn.Module, recipe: Recipe, noise: Mapping[str, Noise]) -
     others = noise.keys() - {branch.path for branch in recipe.branches}
     rows += [(name, "-", "-", "-", "-", _decibels(noise, name)) for name in sorted(others)]
     headers = ("branch", "int8 layers", "disabled", "input amax", "weight amax", "output SQNR [dB]")
-    return common.format_table(headers, rows, right=("int8 layers", "disabled", "output SQNR [dB]"))
+    return tables.format_table(headers, rows, right=("int8 layers", "disabled", "output SQNR [dB]"))
 
 
 def float_lines(floats: Mapping[str, str]) -> str:

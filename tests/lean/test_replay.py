@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lean.errors import QuantizationError
 from lean.layers import QuantConv2d
 from lean.quantize import replace_to_quantization_module
-from lean.replay import HeldWeight, copied, identity, replaying
+from lean.replay import HeldWeight, replaying
 from lean.switches import disable_quantization
+from lean.values import copied, identity
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bevfusion.errors import InputError
-from qat import common
+from qat import common, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -226,9 +226,9 @@ def test_an_unwritable_log_file_is_refused(tmp_path):
 
 def test_steps_time_what_ran_and_add_up(monkeypatch):
     now = iter([0.0, 1.5, 10.0, 30.25, 40.0])
-    monkeypatch.setattr(common.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(common, "_cuda_in_use", lambda: None)
-    steps = common.Steps()
+    monkeypatch.setattr(tables.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(tables, "_cuda_in_use", lambda: None)
+    steps = tables.Steps()
     with steps.step("load"):
         pass
     with steps.step("calibrate"):
@@ -241,7 +241,7 @@ def test_steps_time_what_ran_and_add_up(monkeypatch):
 
 @pytest.mark.gpu
 def test_steps_record_peak_memory():
-    steps = common.Steps()
+    steps = tables.Steps()
     with steps.step("allocate"):
         torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
     assert steps.rows[0][2] >= 64

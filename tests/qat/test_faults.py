@@ -16,7 +16,7 @@ from bevfusion.data import load_infos
 from bevfusion.ops.voxelize import Voxelization
 from lean.statistics import Statistics
 from lean.switches import named_quantizers
-from qat import collection, common
+from qat import collection, tables
 from qat.collection import partial_file
 from qat.frames import choose_frames
 from tests.qat.demo_samples import CONFIG, SMALLER, TRAINING_FRAMES, ptq, write_world
@@ -203,7 +203,7 @@ def test_a_signal_at_any_step_ends_the_run_and_leaves_nothing_behind(root, tmp_p
         pytest.skip("as SIGTERM")
     save = tmp_path / "ptq.pth"
     save.write_bytes(b"an older result")
-    time_of = common.Steps.step
+    time_of = tables.Steps.step
 
     def interrupted(self, name):
         if name == step:
@@ -211,7 +211,7 @@ def test_a_signal_at_any_step_ends_the_run_and_leaves_nothing_behind(root, tmp_p
         return time_of(self, name)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(common.Steps, "step", interrupted)
+    monkeypatch.setattr(tables.Steps, "step", interrupted)
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     done = quick(root, save, frames=1)
     signal.signal(signal.SIGINT, ours)
