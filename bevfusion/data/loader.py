@@ -20,6 +20,7 @@ from bevfusion.data.wrappers import build_dataset
 from bevfusion.errors import InputError, explaining
 from bevfusion.processes import limit_numpy_threads
 
+BUNDLE = "DefaultFormatBundle3D and Collect3D"  # transforms that make a sample fit for a batch
 GROUND_TRUTH_ONLY = ("LoadBEVSegmentation",)  # transforms that draw nothing at random and make nothing a forward reads
 
 
@@ -110,11 +111,15 @@ def _start_worker(_: int) -> None:
 
 
 def _collate(samples: Sequence[Any], batch_size: int) -> Any:
-    """The batch of `samples`, or the first error among them."""
+    """The batch of `samples`, or the first error among them, or why they can't be joined."""
     errors = [sample for sample in samples if isinstance(sample, InputError)]
     if errors:
         return errors[0]
-    batch = mmcv.parallel.collate(samples, batch_size)
+    try:
+        with explaining("what the config's pipeline gives can't be joined into a batch", "end it with " + BUNDLE):
+            batch = mmcv.parallel.collate(samples, batch_size)
+    except InputError as error:
+        return error
     return {key: _Container.of(value) for key, value in batch.items()}
 
 

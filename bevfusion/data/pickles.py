@@ -52,6 +52,5 @@ def load_pickle(path: str | Path) -> Any:
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(
-            f"{path} is not a complete pickle file ({error or type(error).__name__}); make it anew"
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is not a complete pickle file ({reason}); make it anew") from error

@@ -272,10 +272,12 @@ def test_pickle_that_names_anything_else_is_refused(tmp_path, monkeypatch, conte
 def test_damaged_pickle_is_refused(tmp_path):
     path = tmp_path / "infos.pkl"
     whole = pickle.dumps({"infos": [{"token": "t"}]})
-    for content in (b"", whole[:-5], b"\xff\xd8 not a pickle", json.dumps({"infos": []}).encode()):
+    stored_elsewhere = b"\x80\x02U\x01aQ."
+    for content in (b"", whole[:-5], b"\xff\xd8 not a pickle", json.dumps({"infos": []}).encode(), stored_elsewhere):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="is not a complete pickle file"):
+        with pytest.raises(InputError, match="is not a complete pickle file") as refused:
             load_infos(path)
+        assert "\n" not in str(refused.value)
 
 
 def test_files_are_found_wherever_the_converter_put_them(tmp_path, monkeypatch):

@@ -107,6 +107,27 @@ def test_workers_leave_signals_to_the_main_process(train, number):
     assert not worker.is_alive()
 
 
+class Nested(torch.utils.data.Dataset):
+    """Samples that no batch can be made of: text goes on for ever as a sequence of characters."""
+
+    def __init__(self, sample):
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        return self.sample
+
+
+@pytest.mark.parametrize("sample", [{"token": ["text"]}, {"points": object()}])
+def test_samples_that_make_no_batch_are_refused(sample):
+    with pytest.raises(
+        InputError, match=r"can't be joined into a batch .*: end it with DefaultFormatBundle3D and Coll"
+    ):
+        next(iter(FrameLoader(Nested(sample), 1, 0)))
+
+
 def test_last_batch_may_be_smaller(tiny, golden):
     cfg = dataset_config(reference_config(golden), "test", tiny, tiny / "nuscenes_infos_train.pkl", **small_steps())
     loader = FrameLoader(build_dataset(cfg), 2, 0)
