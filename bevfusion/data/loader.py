@@ -162,7 +162,9 @@ def calibration_dataset(cfg: Mapping[str, Any], pipeline: Literal["train", "test
     try:
         with explaining("the calibration frames of the config can't be opened", "check data.train and data.test"):
             steps = None if pipeline == "train" else cfg["data"]["test"]["pipeline"]
-            return build_dataset(_calibration_config(cfg["data"]["train"], steps))
+            dataset = build_dataset(_calibration_config(cfg["data"]["train"], steps))
+            len(dataset)  # wrappers multiply by what the config says
+            return dataset
     except MissingDatabaseError as error:
         raise InputError(f"{error}, or calibrate without augmentation: --calib-pipeline test") from error
 

@@ -339,3 +339,10 @@ def test_missing_data_root_names_the_way_out(tmp_path, golden):
     cfg = with_root(reference_config(golden), tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"nowhere/nuscenes_infos_train.pkl does not exist.*bevfusion.create_data"):
         calibration_dataset(cfg, "test")
+
+
+def test_a_data_set_without_a_length_is_refused(tiny, golden):
+    cfg = with_root(reference_config(golden), tiny)
+    cfg["data"]["train"] = {"type": "RepeatDataset", "times": [2], "dataset": cfg["data"]["train"]}
+    with pytest.raises(InputError, match="the calibration frames of the config can't be opened .*TypeError"):
+        calibration_dataset(cfg, "test")
