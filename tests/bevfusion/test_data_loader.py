@@ -344,5 +344,5 @@ def test_missing_data_root_names_the_way_out(tmp_path, golden):
 def test_a_data_set_without_a_length_is_refused(tiny, golden):
     cfg = with_root(reference_config(golden), tiny)
     cfg["data"]["train"] = {"type": "RepeatDataset", "times": [2], "dataset": cfg["data"]["train"]}
-    with pytest.raises(InputError, match="the calibration frames of the config can't be opened .*TypeError"):
+    with pytest.raises(InputError, match=r"the calibration frames of the config can't be opened .*TypeError"):
         calibration_dataset(cfg, "test")
