@@ -1,4 +1,4 @@
-"""Work shared out over forked processes of one thread each: several frames use more cores than the threads of one."""
+"""Work shared out over forked processes, which use more cores than the threads of one."""
 
 import multiprocessing
 import traceback
@@ -26,7 +26,8 @@ class _Failure:
 def share_out(tasks: Sequence[Task], work: Work, receive: Callable[[Item], None], processes: int) -> None:
     """Call `work(task, emit)` for all tasks, in `processes` processes, and `receive` in this one with what is emitted.
 
-    What is emitted has to be picklable, plain data, and comes in no order between tasks.
+    Every process computes on one thread unless `work` takes more. What is emitted has to be picklable, plain data, and
+    comes in no order between tasks.
 
     Raises:
         QuantizationError: a process has died. Whatever `work` or `receive` raise.

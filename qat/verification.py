@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,13 @@ from bevfusion.data import to_device
 from lean.calibrate import evaluating, model_device
 from lean.structure import describe, stored_tensors
 from lean.switches import quantized_layers
+from lean.threads import cpu_threads
 from qat.common import VerificationError
 from qat.frames import Frames, first_readable
 from qat.fresh_process import FreshProcess
 from qat.inference import load_model
 from qat.made_up import made_up_batch
+from qat.parallel import share_out
 
 CPU = torch.device("cpu")
 
@@ -58,7 +57,7 @@ def verify(model: nn.Module, files: Sequence[Path], frames: Frames | None, fresh
         request = {"files": [str(file.resolve()) for file in files], "threads": threads}
         Path(folder, "request.json").write_text(json.dumps(request))
         fresh.ask(folder)
-        with running_on(threads):
+        with cpu_threads(threads):
             expected = json.loads(json.dumps(report(model, batch)))
         fresh.wait()
         reports = json.loads(Path(folder, "reports.json").read_text())
@@ -143,29 +142,18 @@ def first_difference(expected: Report, found: Report) -> str | None:
     return None
 
 
-@contextmanager
-def running_on(threads: int) -> Iterator[None]:
-    """Let torch compute with that many CPU threads for the length of a `with` block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def answer(folder: Path) -> None:
     """Do what `verify` asks for; this is the fresh process, which forks for each file and has nothing but imports."""
     request = json.loads((folder / "request.json").read_text())
-    with ProcessPoolExecutor(len(request["files"]), multiprocessing.get_context("fork")) as pool:
-        reports = list(pool.map(partial(report_file, folder, request["threads"]), request["files"]))
-    (folder / "reports.json").write_text(json.dumps(reports))
+    files, reports = request["files"], {}
 
+    def report_file(file: str, emit: Callable[[tuple[str, Report]], None]) -> None:
+        with cpu_threads(request["threads"]):
+            batch = torch.load(folder / "batch.pt", weights_only=False)
+            emit((file, report(load_model({}, file, CPU), batch)))
 
-def report_file(folder: Path, threads: int, file: str) -> Report:
-    """Load a file and report what it gives for the batch of `verify`."""
-    with running_on(threads):
-        return report(load_model({}, file, CPU), torch.load(folder / "batch.pt", weights_only=False))
+    share_out(files, report_file, lambda found: reports.update([found]), len(files))
+    (folder / "reports.json").write_text(json.dumps([reports[file] for file in files]))
 
 
 if __name__ == "__main__":

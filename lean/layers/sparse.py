@@ -1,7 +1,7 @@
 """Quantised sparse convolution."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lean.errors import QuantizationError
 from lean.layers.base import LayerSpec, QuantLayer
+from lean.threads import cpu_threads
 
 COPIED = (
     *("ndim", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "subm"),
@@ -35,17 +36,6 @@ def output_axis(shape: Sequence[int], kernel: Sequence[int], in_channels: int, o
     wanted = " or ".join(str(layout) for layout in axes.values())
     problem = f"could be either of {wanted}" if fitting else f"is neither {wanted}"
     raise QuantizationError(f"sparse convolution weight of shape {tuple(shape)} {problem}: output axis unknown")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one CPU thread for the length of a `with` block: spconv 2.3's gather-scatter races with several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class QuantSparseConvolution(QuantLayer, SparseConvolution):
@@ -88,7 +78,8 @@ class QuantSparseConvolution(QuantLayer, SparseConvolution):
         steps = None if torch.is_grad_enabled() else self._steps(features.dtype)
         if steps is not None:
             features, weight = ((value / step).round() for value, step in zip((features, weight), steps, strict=True))
-        with nullcontext() if weight.is_cuda else one_thread():
+        # spconv 2.3's gather-scatter on the CPU races with several threads.
+        with nullcontext() if weight.is_cuda else cpu_threads(1):
             out = self._conv_forward(self.training, x.replace_feature(features), weight, None, name=self.name)
         features = out.features
         if steps is not None:

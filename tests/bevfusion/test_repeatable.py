@@ -21,12 +21,17 @@ def test_only_kernels_for_float32_forwards_are_left_out_and_not_all_of_them():
     assert set(map(id, left_out)) < set(map(id, FLOAT))
 
 
-def test_nothing_changes_on_the_cpu():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    before = ops.CONV_CPP
-    keep_to_one_order_of_sums()
-    assert ops.CONV_CPP is before
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_spconvs_choice_is_replaced_where_it_has_one(has_cuda):
+    theirs = object() if has_cuda else None
+    with mock.patch.object(ops, "CONV_CPP", theirs), mock.patch("bevfusion.ops.repeatable.tuner", list):
+        keep_to_one_order_of_sums()
+        ours = ops.CONV_CPP
+    if not has_cuda:
+        assert ours is None
+        return
+    assert not any(map(shares_sums_out, ours))
+    assert len(ours) + sum(map(shares_sums_out, ALL_IMPGEMM_PARAMS)) == len(ALL_IMPGEMM_PARAMS)
 
 
 @pytest.mark.gpu
