@@ -159,8 +159,10 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         except AttributeError:
             raise QuantizationError(f"tensor {name} was saved, but the model has no module {prefix}") from None
         if owner._parameters.get(leaf, tensor) is None:
+            _check_type(name, tensor, tensor.dtype == owner.weight.dtype)
             owner._parameters[leaf] = nn.Parameter(tensor, owner.weight.requires_grad)
         elif leaf == "_amax" and isinstance(owner, Quantizer):
+            _check_type(name, tensor, tensor.is_floating_point())
             owner.set_amax(tensor)
     own = stored_tensors(model)
     if odd := sorted(own.keys() ^ tensors.keys()):
@@ -176,6 +178,12 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if saved.is_floating_point() and not torch.isfinite(saved).all():
             raise QuantizationError(f"tensor {name} holds NaN or infinity")
         tensor.data = saved
+
+
+def _check_type(name: str, tensor: Tensor, fits: bool) -> None:
+    """Refuse a tensor that the float model has no like of, and whose type is none that the layer can compute with."""
+    if not fits:
+        raise QuantizationError(f"tensor {name} was saved as {tensor.dtype}, which its layer can't compute with")
 
 
 def _check_amax(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The .safetensors file of a quantised model: what is loaded is what was saved, and damage is named."""
 
+import dataclasses
 import json
 import os
 import random
@@ -198,6 +199,16 @@ def test_what_does_not_fit_the_model_is_named(model, tmp_path):
         lean.load(path, build=narrower)
     with pytest.raises(QuantizationError, match=r"encoders.camera.backbone.conv1 was saved, but the model"):
         lean.load(path, build=lambda _: torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "dtype"), [("bias", torch.int32), ("bias", torch.float16), ("_input_quantizer._amax", torch.int32)]
+)
+def test_a_type_that_a_layer_can_not_compute_with_is_named(model, leaf, dtype):
+    artifact, name = Artifact.of(model, MADE_OF), f"encoders.camera.backbone.conv1.{leaf}"
+    edited = dataclasses.replace(artifact, tensors={**artifact.tensors, name: artifact.tensors[name].to(dtype)})
+    with pytest.raises(QuantizationError, match=f"tensor {name} was saved as {dtype}, which its layer can't"):
+        edited.build(build)
 
 
 def test_what_can_not_be_saved_is_named(model):
