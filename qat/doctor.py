@@ -123,12 +123,6 @@ def gpus() -> list[str]:
     return re.findall(r"^GPU \d+: (.+?)(?: \(UUID|$)", listing.stdout, re.MULTILINE) if listing.returncode == 0 else []
 
 
-def _remedy(stage: str, device: str = "cpu") -> str:
-    if device == "cuda" and stage in ("spconv", "mmcv") and not shutil.which("nvcc"):
-        return f"install the CUDA toolkit (nvcc) of torch's version, then: make setup REPAIR={stage}"
-    return f"make setup REPAIR={stage}"
-
-
 def show_packages(found: Sequence[Package]) -> None:
     """Print the packages that matter most as a table, the others in a line."""
     main = [package for package in found if package.stage not in ("base", "dev") or package.name in ("numpy", "onnx")]
@@ -154,10 +148,11 @@ def problems(found: Sequence[Package], results: Sequence[Result], able: bool) ->
     for stage in dict.fromkeys(package.stage for package in found):
         missing = [package.name for package in found if package.stage == stage and not package.installed]
         if missing:
-            wrong[_remedy(stage)] = ["not installed: " + ", ".join(missing)]
+            wrong[f"make setup REPAIR={stage}"] = ["not installed: " + ", ".join(missing)]
     for probe, device, status, detail in results:
         if status == "FAILS":
-            wrong.setdefault(_remedy(probe.stage, device), []).append(f"{probe.name} on {device}: {detail}")
+            remedy = f"make setup REPAIR={probe.stage}"
+            wrong.setdefault(remedy, []).append(f"{probe.name} on {device}: {detail}")
     if gpus() and results[0].status == "ok" and main_device(results) == "cpu":
         wrong["update the NVIDIA driver for torch's CUDA version"] = ["torch can't use this machine's GPU"]
     return wrong

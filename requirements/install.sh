@@ -33,9 +33,9 @@ find_python() {
         "install one and run: make setup PYTHON=/path/to/python3.12"
 }
 
-# What mmcv's operators and spconv are installed for: cuda on a machine with an NVIDIA GPU and a compiler for it.
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
-has_nvcc() { [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] || command -v nvcc >/dev/null; }
+
+gpu_architectures() { nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';'; }
 
 pip() { "$PY" -m pip --disable-pip-version-check --no-input "$@"; }
 
@@ -102,10 +102,14 @@ install_spconv() { # the two builds hold the same module, so the other one has t
 }
 
 install_mmcv() {
-    local ops=$1 built
-    if [ "$ops" = cpu ] && [ -d "$WHEELS" ] && install_mmcv_from "$WHEELS"; then return; fi
-    built=.cache/wheels/$("$PY" -c 'import sys, torch; print("py%d%d-torch" % sys.version_info[:2] + torch.__version__)')-$ops
-    compgen -G "$built/mmcv_full-*.whl" >/dev/null || build_mmcv "$ops" "$built"
+    local device=$1 built
+    if [ "$device" = cpu ] && [ -d "$WHEELS" ] && install_mmcv_from "$WHEELS"; then return; fi
+    built=.cache/wheels/$("$PY" -c 'import sys, torch; print("py%d%d-torch" % sys.version_info[:2] + torch.__version__)')-$device
+    if [ "$device" = cuda ]; then
+        export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(gpu_architectures)}
+        built+=-${TORCH_CUDA_ARCH_LIST//[; ]/-}
+    fi
+    compgen -G "$built/mmcv_full-*.whl" >/dev/null || build_mmcv "$device" "$built"
     install_mmcv_from "$built"
 }
 
@@ -116,7 +120,7 @@ install_mmcv_from() {
 }
 
 build_mmcv() { # keeps its object files in .cache, so that an interrupted build goes on where it was
-    local ops=$1 wheels=$2 source=.cache/build/$(basename "$2")
+    local device=$1 wheels=$2 source=.cache/build/$(basename "$2")
     if ! compgen -G "$source/mmcv-full-*/setup.py" >/dev/null; then
         rm -rf "$source" "$source.new"
         pip download --no-deps --no-build-isolation --no-cache-dir --no-binary :all: -d "$source.new" -r "$LISTS/mmcv.txt"
@@ -126,32 +130,44 @@ build_mmcv() { # keeps its object files in .cache, so that an interrupted build 
         mv "$source.new" "$source"
     fi
     rm -rf "$wheels.new"
-    if [ "$ops" = cuda ]; then export FORCE_CUDA=1; else export FORCE_CUDA=0 CUDA_VISIBLE_DEVICES=; fi
+    if [ "$device" = cuda ]; then
+        use_cuda_compiler "$source/lib"
+        export FORCE_CUDA=1
+    else
+        export FORCE_CUDA=0 CUDA_VISIBLE_DEVICES=
+    fi
     MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} pip wheel --no-deps --no-build-isolation --no-cache-dir \
         -w "$wheels.new" "$source"/mmcv-full-*/
     mv "$wheels.new" "$wheels"
 }
 
+# torch comes with the headers and libraries of its CUDA version, but without a compiler, and any toolkit on the machine
+# may be of another version.
+use_cuda_compiler() {
+    local links=$1 # folder for the name by which the linker looks for the runtime library
+    install_list cuda-compiler
+    CUDA_HOME=$(compgen -G "$PWD/$VENV/lib/python3*/site-packages/nvidia/cu[0-9]*")
+    mkdir -p "$links"
+    ln -sf "$CUDA_HOME"/lib/libcudart.so.* "$links/libcudart.so"
+    export CUDA_HOME LIBRARY_PATH=$PWD/$links
+}
+
 install_project() { pip install --no-deps --no-build-isolation -e .; }
 
 main() {
-    local spconv=cpu ops=cpu python
+    local device=cpu python
     python=$(find_python)
     mkdir -p .cache/wheels .cache/build
     exec 9>.cache/setup.lock
     flock 9 # a second `make setup` waits for the first
-    if has_gpu; then
-        spconv=cuda
-        if has_nvcc; then ops=cuda; else note "a GPU but no nvcc: mmcv's operators are installed for the CPU only;" \
-            "install the CUDA toolkit of torch's version and run make setup again"; fi
-    fi
+    if has_gpu; then device=cuda; fi
     make_venv "$python"
     : >"$LOG"
     stage tools $LISTS/tools.txt -- install_list tools
     stage torch $LISTS/torch.txt -- install_list torch
     stage base $LISTS/base.txt -- install_list base
-    stage spconv $LISTS/spconv-$spconv.txt -- install_spconv $spconv
-    stage mmcv $LISTS/mmcv.txt -- install_mmcv $ops
+    stage spconv $LISTS/spconv-$device.txt -- install_spconv $device
+    stage mmcv $LISTS/mmcv.txt $LISTS/cuda-compiler.txt -- install_mmcv $device
     stage no-deps $LISTS/no-deps.txt -- install_no_deps
     stage dev $LISTS/dev.txt -- install_list dev
     stage project setup.py pyproject.toml -- install_project
