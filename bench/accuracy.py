@@ -31,7 +31,7 @@ from lean.insert import insert_quantizers
 from lean.quantize import initialize
 from lean.ranges import Method, set_amax
 from lean.switches import disable_quantization, named_quantizers, quantized_layers, quantizer_flags
-from qat import auto, calibration, common, improve, tables
+from qat import arguments, auto, calibration, common, improve, tables
 from qat.frames import Frames, choose_frames
 from qat.judge import open_judges
 
@@ -164,11 +164,15 @@ def automatic(bench: Bench, metric: str) -> dict[str, Any]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.ArgumentParser(__doc__)
-    common.add_model_arguments(parser)
-    parser.add_argument("--calibrate_batch", metavar="N", type=common.positive, default=40, help="calibration frames")
+    parser = arguments.ArgumentParser(__doc__)
+    arguments.add_model_arguments(parser)
+    parser.add_argument(
+        "--calibrate_batch", metavar="N", type=arguments.positive, default=40, help="calibration frames"
+    )
     parser.add_argument("--calib-pipeline", choices=("train", "test"), default="train", help="test: not augmented")
-    parser.add_argument("--frames", metavar="N", type=common.positive, default=40, help="frames of each half, at most")
+    parser.add_argument(
+        "--frames", metavar="N", type=arguments.positive, default=40, help="frames of each half, at most"
+    )
     parser.add_argument("--auto", nargs="*", choices=("mAP", "NDS", "drift"), default=["mAP"], help="metrics of --auto")
     parser.add_argument("--max-drop", type=float, default=0.1, help="points of mAP or NDS that --auto may lose")
     parser.add_argument("--max-drop-drift", type=float, default=3.0, help="the same for drift")
@@ -177,7 +181,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows here as well")
     parser.add_argument("--save", metavar="FILE", type=Path, default=Path("runs/accuracy.pth"), help=argparse.SUPPRESS)
     parser.set_defaults(allow_partial=False, trust_pickle=False)
-    common.add_run_arguments(parser)
+    arguments.add_run_arguments(parser)
     return parser.parse_args()
 
 

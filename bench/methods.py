@@ -32,7 +32,7 @@ from lean.matching import matches, select
 from lean.quantize import initialize
 from lean.ranges import set_amax
 from lean.switches import quantized_layers, quantizer_flags
-from qat import calibration, common, tables
+from qat import arguments, calibration, common, tables
 from qat.frames import choose_frames
 from qat.inference import evaluation_dataset, spread
 
@@ -128,13 +128,13 @@ def measure(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.ArgumentParser(__doc__)
-    common.add_model_arguments(parser)
-    parser.add_argument("--frames", type=common.positive, default=4, help="frames to calibrate on and to compare on")
-    parser.add_argument("--score", metavar="N", type=common.positive, help="score N validation frames as well")
+    parser = arguments.ArgumentParser(__doc__)
+    arguments.add_model_arguments(parser)
+    parser.add_argument("--frames", type=arguments.positive, default=4, help="frames to calibrate on and to compare on")
+    parser.add_argument("--score", metavar="N", type=arguments.positive, help="score N validation frames as well")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to quantise, in turn")
     parser.set_defaults(allow_partial=False, trust_pickle=False)
-    common.add_run_arguments(parser)
+    arguments.add_run_arguments(parser)
     return parser.parse_args()
 
 

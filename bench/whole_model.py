@@ -22,7 +22,7 @@ from lean.insert import insert_quantizers
 from lean.quantize import initialize, set_quantizer_fast
 from lean.ranges import set_amax
 from lean.switches import disable_quantization, named_quantizers, quantized_layers, quantizer_flags
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"cuda": DEFAULT_CONFIG, "cpu": "configs/demo/camera+lidar/resnet50.yaml"}

@@ -111,6 +111,11 @@ def recipe_file(save: Path) -> Path:
     return save.with_name(f"{save.stem}.recipe.yaml")
 
 
+def found_lines(result: Result | None, save: Path) -> list[str]:
+    """What to say of the result, and where its recipe lies."""
+    return [result.describe(), f"recipe: {recipe_file(save)}"] if result else []
+
+
 def choose_layers(
     model: nn.Module, recipe: Recipe, judges: tuple[Judge, Judge] | None, args: argparse.Namespace
 ) -> tuple[Recipe, Result | None]:

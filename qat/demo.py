@@ -15,7 +15,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 
-from qat import common, tables
+from qat import arguments, common, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path("configs/demo/camera+lidar/resnet50.yaml")
@@ -44,15 +44,17 @@ class Step:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = common.ArgumentParser(__doc__)
+    parser = arguments.ArgumentParser(__doc__)
     parser.add_argument("--data", metavar="DIR", type=Path, default=Path("data/demo"), help="folder of the world")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="folder of the results")
-    parser.add_argument("--scenes", metavar="N", type=common.positive, default=4, help="training scenes, at most 8")
-    parser.add_argument("--frames", metavar="N", type=common.positive, default=20, help="keyframes a scene, at most 40")
-    parser.add_argument("--batches", metavar="N", type=common.positive, default=40, help="frames to calibrate on")
-    parser.add_argument("--limit", metavar="N", type=common.positive, default=40, help="validation frames to score")
+    parser.add_argument("--scenes", metavar="N", type=arguments.positive, default=4, help="training scenes, at most 8")
+    parser.add_argument(
+        "--frames", metavar="N", type=arguments.positive, default=20, help="keyframes a scene, at most 40"
+    )
+    parser.add_argument("--batches", metavar="N", type=arguments.positive, default=40, help="frames to calibrate on")
+    parser.add_argument("--limit", metavar="N", type=arguments.positive, default=40, help="validation frames to score")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: cuda if there is one")
-    common.add_logging_arguments(parser)
+    arguments.add_logging_arguments(parser)
     return parser.parse_args()
 
 
@@ -115,7 +117,7 @@ def summary(args: argparse.Namespace) -> str:
         before, after = 100 * float_scores[key], 100 * int8_scores[key]
         rows.append((name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
     table = tables.format_table(("metric", "FP32", "INT8", "difference"), rows, ("FP32", "INT8", "difference"))
-    sizes = [f"{path} ({path.stat().st_size / 2**20:.1f} MiB)" for path in (FLOAT, out / "bevfusion_ptq.pth")]
+    sizes = [tables.sized(path) for path in (FLOAT, out / "bevfusion_ptq.pth")]
     return "\n".join(
         [
             table,

@@ -21,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import NamedTuple
 
-from qat.common import ArgumentParser, run
+from qat.arguments import ArgumentParser
+from qat.common import run
 from qat.probes import PROBES, Probe
 from qat.tables import format_table
 

@@ -10,12 +10,12 @@ import argparse
 import shlex
 import shutil
 
-from qat import common, tables
+from qat import arguments, common, tables
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.ArgumentParser(__doc__)
+    parser = arguments.ArgumentParser(__doc__)
     parser.add_argument("--onnx", metavar="DIR", type=Path, required=True, help="folder that qat/export.py wrote")
     parser.add_argument("--trtexec", metavar="PATH", default="trtexec", help="TensorRT's trtexec")
     parser.add_argument(
@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         "--plugin", metavar="FILE", type=Path, help="library of the plugins, for files exported with --layernorm-plugin"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
-    common.add_logging_arguments(parser)
+    arguments.add_logging_arguments(parser)
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from qat import common, reporting, tables
+from qat import arguments, common, reporting, tables
 
 if TYPE_CHECKING:
     import mmcv
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = common.ArgumentParser(__doc__)
-    common.add_model_arguments(parser)
+    parser = arguments.ArgumentParser(__doc__)
+    arguments.add_model_arguments(parser)
     parser.add_argument("--compare", metavar="FILE", help="a second model file, run over the same frames")
     parser.add_argument("--onnx", metavar="DIR", help="score the files that qat/export.py wrote, instead of --ckpt")
     parser.add_argument(
@@ -43,11 +43,11 @@ def parse_arguments() -> argparse.Namespace:
         "--dump", metavar="DIR", help="write the first frame's inputs and outputs of every stage here, as .tensor files"
     )
     parser.add_argument("--results", metavar="FILE", help="score this results file instead of running a model")
-    parser.add_argument("--limit", metavar="N", type=common.positive, help="only N frames, evenly spread over all")
+    parser.add_argument("--limit", metavar="N", type=arguments.positive, help="only N frames, evenly spread over all")
     parser.add_argument("--out", metavar="FILE", help="write the detections here, in nuScenes' submission format")
     parser.add_argument("--metrics", metavar="FILE", help="write the scores here, as JSON")
     reporting.add_report_arguments(parser, frames=False)
-    common.add_run_arguments(parser)
+    arguments.add_run_arguments(parser)
     args = parser.parse_args()
     if args.results and (args.compare or args.out or args.report):
         parser.error("--results scores detections that exist: leave out --compare, --out and --report")

@@ -8,13 +8,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from qat import common
+from qat import arguments, common, tables
 from qat.export_options import DEFAULT_CKPT
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.ArgumentParser(__doc__)
+    parser = arguments.ArgumentParser(__doc__)
     parser.set_defaults(dataset_root=None)
     parser.add_argument("--ckpt", metavar="FILE", default=DEFAULT_CKPT, help="model that qat/ptq.py has saved")
     parser.add_argument("--fp16", action="store_true", help="leave all quantizers out; works with float checkpoints")
@@ -27,13 +27,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--inverse", action="store_true", help="write the form for voxels in the order z, y, x")
     parser.add_argument(
-        "--in-channel", metavar="N", type=common.positive, help="features of a point, checked against the model's"
+        "--in-channel", metavar="N", type=arguments.positive, help="features of a point, checked against the model's"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML config; a quantised model brings its own")
     parser.add_argument(
         "--cfg-options", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override config keys"
     )
-    common.add_logging_arguments(parser)
+    arguments.add_logging_arguments(parser)
     return parser.parse_args()
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         raise common.UsageError(f"--in-channel {args.in_channel}: the model reads {features.shape[1]} features a point")
     backbone = model.encoders["lidar"]["backbone"]
     export_lidar(backbone, file, voxels=(features, coordinates), fp16=args.fp16, inverse=args.inverse)
-    print(f"wrote {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+    print(f"wrote {tables.sized(file)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qat import common
+from qat import arguments
 
 DEFAULT_CKPT = "qat/ckpt/bevfusion_ptq.pth"
 
@@ -14,7 +14,7 @@ def parse_arguments(description: str | None, layernorm: bool = False, inverse: b
     Args:
         layernorm, inverse: whether the script has `--layernorm-plugin`, `--inverse`.
     """
-    parser = common.ArgumentParser(description)
+    parser = arguments.ArgumentParser(description)
     parser.set_defaults(dataset_root=None)
     parser.add_argument("--ckpt", metavar="FILE", default=DEFAULT_CKPT, help="model that qat/ptq.py has saved")
     parser.add_argument("--fp16", action="store_true", help="leave all quantizers out; works with float checkpoints")
@@ -38,5 +38,5 @@ def parse_arguments(description: str | None, layernorm: bool = False, inverse: b
     parser.add_argument(
         "--cfg-options", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="override config keys"
     )
-    common.add_logging_arguments(parser)
+    arguments.add_logging_arguments(parser)
     return parser.parse_args()

@@ -16,7 +16,7 @@ from lean.export.dense import DenseOptions, Written
 from lean.export.folder import all_or_none
 from lean.export.lint import WEIGHT_AXIS
 from lean.fold import fold_dense
-from qat import common, tables
+from qat import arguments, common, tables
 from qat.inference import holds_whole_model, load_model
 
 FOR_FP16 = ("camera.vtransform.onnx", "head.bbox.onnx")  # not quantised, whatever the recipe: no need to list why
@@ -55,7 +55,7 @@ def _float_model(args: argparse.Namespace) -> nn.Module:
             f"{args.ckpt} is a float checkpoint, not quantised: run qat/ptq.py --ckpt {args.ckpt} and export what it "
             "saves, or export the float model with --fp16"
         )
-    args.config = args.config or common.DEFAULT_CONFIG
+    args.config = args.config or arguments.DEFAULT_CONFIG
     model = build_model(common.load_config(args)["model"])
     load_checkpoint(model, args.ckpt)
     return model
@@ -63,7 +63,7 @@ def _float_model(args: argparse.Namespace) -> nn.Module:
 
 def _check_config(model: nn.Module, args: argparse.Namespace) -> None:
     """Refuse a config whose model is not the one that was quantised."""
-    args.config = args.config or common.DEFAULT_CONFIG
+    args.config = args.config or arguments.DEFAULT_CONFIG
     wanted, own = common.load_config(args)["model"], getattr(model, "ptq", {}).get("config", {}).get("model")
     if own is not None and (key := first_difference(own, wanted, "model")):
         raise InputError(f"{args.ckpt} was made of another config than {args.config}: they differ in {key}")

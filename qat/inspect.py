@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qat import common, tables
+from qat import arguments, common, tables
 
 if TYPE_CHECKING:
     from lean.artifact import Artifact
@@ -20,13 +20,13 @@ SHOWN = 20
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.ArgumentParser(__doc__)
+    parser = arguments.ArgumentParser(__doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="the .safetensors file that qat/ptq.py has saved")
     parser.add_argument("--diff", metavar="OTHER", type=Path, help="show what differs in this one")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--all", action="store_true", help=f"list all differences, not the {SHOWN} largest of a kind")
     parser.add_argument("--trust-pickle", action="store_true", help="unpickle a .pth file: it can run code")
-    common.add_logging_arguments(parser)
+    arguments.add_logging_arguments(parser)
     return parser.parse_args()
 
 
@@ -111,7 +111,7 @@ def summary(path: Path, artifact: "Artifact") -> list[tuple[str, str]]:
     method = made_of.get("method", "-")
     methods = method if isinstance(method, str) else ", ".join(f"{k}: {v}" for k, v in method.items())
     return [
-        ("file", f"{path} ({path.stat().st_size / 2**20:.1f} MiB)"),
+        ("file", tables.sized(path)),
         ("checkpoint", f"{checkpoint.get('file', '-')} (sha256 {checkpoint.get('sha256', '-')})"),
         ("layers", f"{len(layers)} quantised, {len(off)} of them left in float: {', '.join(off) or '-'}"),
         ("shared scales", f"{len(layers) - len({layer.input for layer in layers})} layers take another one's"),

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from qat import common
+from qat import arguments
 
 METRICS = ("mAP", "NDS", "drift")
 
@@ -42,7 +42,7 @@ def add_auto_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--auto-frames",
         metavar="N",
-        type=common.positive,
+        type=arguments.positive,
         default=64,
         help="validation frames that --auto searches on, and as many others that it verifies on",
     )
@@ -53,7 +53,7 @@ def add_improvement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adaround",
         metavar="N",
-        type=common.natural,
+        type=arguments.natural,
         default=0,
         help="round the weights of the N worst layers adaptively",
     )

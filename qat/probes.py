@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 BOTH = ("cpu", "cuda")

@@ -7,114 +7,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import contextlib
-import math
 import os
 
-from qat import common, mixed_options, reporting, tables
+from qat import common, reporting, tables
 from qat.fresh_process import FreshProcess, verifier
-
-METHODS = ("mse", "entropy", "percentile", "max")
-
-
-def percentage(text: str) -> float:
-    """Parse a number above 0 and up to 100."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 100:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 100, got {text!r}")
-    return value
-
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = common.ArgumentParser(__doc__)
-    common.add_model_arguments(parser)
-    parser.add_argument("--calibrate_batch", metavar="N", type=common.positive, default=300, help="frames to run over")
-    parser.add_argument("--save", metavar="FILE", type=Path, default=Path("qat/ckpt/bevfusion_ptq.pth"), help="result")
-    parser.add_argument(
-        "--method", choices=METHODS, help="how amax is chosen from the statistics (default: as the recipe says, mse)"
-    )
-    parser.add_argument(
-        "--percentile",
-        metavar="P",
-        type=percentage,
-        default=99.99,
-        help="per cent of the values --method percentile keeps",
-    )
-    parser.add_argument(
-        "--weight-method", choices=("max", "mse"), default="max", help="how the weights' amax is chosen"
-    )
-    parser.add_argument(
-        "--calibrator",
-        choices=("lean", "stock"),
-        default="lean",
-        help="stock: pytorch-quantization's own, to compare with",
-    )
-    parser.add_argument("--recipe", metavar="FILE", type=Path, help="YAML recipe: what is quantised, and how")
-    parser.add_argument("--save-recipe", metavar="FILE", type=Path, help="write this run's recipe, for --recipe")
-    parser.add_argument(
-        "--disable", metavar="PATTERN", nargs="+", action="extend", default=[], help="layers to leave in float as well"
-    )
-    parser.add_argument(
-        "--calib-pipeline", choices=("train", "test"), default="train", help="test: frames without augmentation"
-    )
-    parser.add_argument(
-        "--save-every",
-        metavar="N",
-        type=common.natural,
-        default=50,
-        help="frames between saves of unfinished statistics",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted run with these options stopped"
-    )
-    parser.add_argument("--stats", metavar="FILE", type=Path, help="keep the statistics, for --from-stats")
-    parser.add_argument(
-        "--from-stats", metavar="FILE", type=Path, help="choose amax anew from kept statistics; needs no data set"
-    )
-    parser.add_argument(
-        "--no-verify",
-        dest="verify",
-        action="store_false",
-        help="don't load what was saved in a fresh process to compare it with the model in memory",
-    )
-    parser.add_argument(
-        "--on-bad-frame", choices=("stop", "skip"), default="stop", help="skip: replace frames that can't be read"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
-    parser.add_argument(
-        "--no-checks", dest="checks", action="store_false", help="don't run a frame to prove folding and measure noise"
-    )
-    parser.add_argument("--allow-partial", action="store_true", help="go on with a checkpoint that lacks weights")
-    parser.add_argument(
-        "--trust-pickle", action="store_true", help="unpickle classes in the checkpoint: it can run code"
-    )
-    reporting.add_report_arguments(parser, add=False)
-    mixed_options.add_auto_arguments(parser)
-    mixed_options.add_improvement_arguments(parser)
-    common.add_run_arguments(parser)
-    return check(parser, parser.parse_args())
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse options that don't go together."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    alone = {"--stats": args.stats, "--resume": args.resume, "--from-stats": args.from_stats, "torchrun": several}
-    alone["--on-bad-frame skip"] = args.on_bad_frame == "skip"
-    for name, given in alone.items():
-        if args.calibrator == "stock" and given:
-            parser.error(f"--calibrator stock can't be used with {name}: its histograms can't be saved or added up")
-        if args.from_stats and name != "--from-stats" and given:
-            parser.error(f"--from-stats runs no frames, so that {name} is of no use")
-    mixed_options.check_mixed(parser, args)
-    return args
+from qat.ptq_options import parse_args
 
 
 def main() -> None:
     """Quantise, while another process gets ready to verify the result."""
-    args = parse_args()
+    args = parse_args(__doc__)
     common.set_up_logging(args)
     with verifier() as fresh:
         first = os.environ.get("RANK", "0") == "0"  # as `lean.distributed.rank`, whose import takes seconds
@@ -179,18 +81,13 @@ def quantise(args: argparse.Namespace, fresh: FreshProcess) -> None:
                 made_of = calibration.provenance(args, cfg, recipe, method, made) | auto.record(found) | improved
                 files = saving.write(model, args.save, staging, made_of)
             with steps.step("verify"):
-                verified = "not verified (--no-verify)"
-                if args.verify:
-                    verified = verification.verify(model, files, frames, fresh)
+                verified = verification.verify(model, files, frames, fresh) if args.verify else verification.SKIPPED
 
         saving.warn_if_replaced(args.ckpt, checkpoint)
         print(summary(model, recipe, left_float(model, inserted, recipe, args.disable), measured, made))
-        print(steps.table())
-        if found:
-            print(f"{found.describe()}\nrecipe: {auto.recipe_file(args.save)}")
-        print(verified)
+        print(steps.table(), *auto.found_lines(found, args.save), verified, sep="\n")
         for path in saving.outputs(args.save):
-            print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+            print(f"wrote {tables.sized(path)}")
         report_model(args, model, cfg, statistics, device, steps, saving.outputs(args.save), workers)
 
 

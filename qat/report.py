@@ -8,16 +8,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names 
 
 import argparse
 
-from qat import common, reporting, tables
+from qat import arguments, common, reporting, tables
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = common.ArgumentParser(__doc__)
-    common.add_model_arguments(parser)
+    parser = arguments.ArgumentParser(__doc__)
+    arguments.add_model_arguments(parser)
     parser.add_argument("--stats", metavar="FILE", type=Path, help="statistics that ptq.py kept, for the histograms")
     reporting.add_report_arguments(parser)
-    common.add_run_arguments(parser)
+    arguments.add_run_arguments(parser)
     args = parser.parse_args()
     if args.report is None:
         parser.error("say where the report goes: --report DIR")

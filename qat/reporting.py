@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat import common, tables
+from qat import arguments, common, tables
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def add_report_arguments(parser: argparse.ArgumentParser, frames: bool = True, a
         parser.add_argument(
             "--report-frames",
             metavar="N",
-            type=common.natural,
+            type=arguments.natural,
             default=FRAMES,
             help="frames that the report's SQNR, drift and pictures come from; 0: none",
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qat import common, reporting, tables
+from qat import arguments, common, reporting, tables
 
 if TYPE_CHECKING:
     from qat.trials import Experiment
@@ -24,9 +24,9 @@ SHOWN = 30  # rows of the printed table
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = common.ArgumentParser(__doc__)
-    common.add_model_arguments(parser)
-    parser.add_argument("--frames", metavar="N", type=common.positive, default=16, help="frames, evenly spread")
+    parser = arguments.ArgumentParser(__doc__)
+    arguments.add_model_arguments(parser)
+    parser.add_argument("--frames", metavar="N", type=arguments.positive, default=16, help="frames, evenly spread")
     parser.add_argument("--split", choices=("val", "train", "test"), default="val", help="where the frames are from")
     parser.add_argument("--metric", choices=METRICS, default="drift", help="what the table is sorted by")
     parser.add_argument("--parts", choices=tuple(PARTS), default="both", help="what of a layer is quantised")
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     add_calibration_arguments(parser)
     reporting.add_report_arguments(parser, frames=False)
-    common.add_run_arguments(parser)
+    arguments.add_run_arguments(parser)
     args = parser.parse_args()
     if args.out.suffix not in (".json", ".csv"):
         parser.error(f"--out {args.out}: name a .json or .csv file; both are written")
@@ -51,7 +51,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         "--stats", metavar="FILE", type=Path, help="calibration: read from FILE if it exists, else kept there"
     )
     parser.add_argument(
-        "--calibrate_batch", metavar="N", type=common.positive, default=32, help="training frames to calibrate on"
+        "--calibrate_batch", metavar="N", type=arguments.positive, default=32, help="training frames to calibrate on"
     )
     parser.add_argument(
         "--calib-pipeline", choices=("train", "test"), default="train", help="test: frames without augmentation"

@@ -8,16 +8,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names 
 
 import argparse
 
-from qat import common
+from qat import arguments, common
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = common.ArgumentParser(__doc__)
-    common.add_model_arguments(parser)
+    parser = arguments.ArgumentParser(__doc__)
+    arguments.add_model_arguments(parser)
     parser.add_argument("--compare", metavar="FILE", help="a second model file, drawn beside the first")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the pictures")
-    parser.add_argument("--frame", metavar="K", type=common.natural, nargs="+", default=[0], help="which frames")
+    parser.add_argument("--frame", metavar="K", type=arguments.natural, nargs="+", default=[0], help="which frames")
     parser.add_argument("--split", choices=("val", "train", "test"), default="val", help="where the frames are from")
     parser.add_argument("--score", metavar="S", type=float, default=0.3, help="least score of a drawn detection")
     parser.add_argument(
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="the model's z is a box's centre, as in checkpoints trained with the original BEVFusion code",
     )
-    common.add_run_arguments(parser)
+    arguments.add_run_arguments(parser)
     return parser.parse_args()
 
 

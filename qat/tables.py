@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("qat")
@@ -19,6 +20,11 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], right: S
         table.align[header] = "r"
     table.add_rows([list(row) for row in rows])
     return table.get_string()
+
+
+def sized(path: Path) -> str:
+    """A file's path and size, for people."""
+    return f"{path} ({path.stat().st_size / 2**20:.1f} MiB)"
 
 
 class Steps:

@@ -26,6 +26,7 @@ from qat.made_up import made_up_batch
 from qat.parallel import share_out
 
 CPU = torch.device("cpu")
+SKIPPED = "not verified (--no-verify)"
 
 Report = dict[str, dict[str, Any]]
 

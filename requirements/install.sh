@@ -7,6 +7,8 @@
 #   REPAIR   stages to install again by force, or "all"; qat/doctor.py names them
 #   PYTHON   interpreter to build on          (default: the first of python3, python3.12, python3.11 that fits)
 #   WHEELS   folder with a mmcv-full wheel    (default: ../shared/wheels if it exists); none fits: built from source
+#   MAX_JOBS  compilers run at a time for it  (default: number of cores)
+#   TORCH_CUDA_ARCH_LIST  compute capabilities to compile it for, where there is a GPU  (default: the machine's)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

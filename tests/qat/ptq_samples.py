@@ -13,7 +13,7 @@ import torch
 
 from bevfusion.config import load_config
 from bevfusion.models import build_model
-from qat import common, ptq
+from qat import arguments, common, ptq
 from tests.bevfusion.data_samples import reference_info, write_infos
 from tests.conftest import ROOT
 
@@ -57,7 +57,7 @@ def options(root: Path, reduced: bool = True) -> list[str]:
 def with_reduced_model(root: Path) -> Path:
     """Put the reduced model's checkpoint with random weights, `float.pth`, into a root of `link_frame`."""
     torch.manual_seed(0)
-    model = build_model(load_config(ROOT / common.DEFAULT_CONFIG, options(root)).model)
+    model = build_model(load_config(ROOT / arguments.DEFAULT_CONFIG, options(root)).model)
     torch.save({"state_dict": model.state_dict()}, root / "float.pth")
     return root
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from bevfusion.errors import InputError
-from qat import common, tables
+from qat import arguments, common, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(body: str, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
     """Run `body` in a process of its own, with `common` imported and the repository as working folder."""
-    code = "from qat import common\n" + textwrap.dedent(body)
+    code = "from qat import arguments, common\n" + textwrap.dedent(body)
     kwargs = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 120} | kwargs
     return subprocess.run([sys.executable, "-c", code, *arguments], **kwargs)
 
@@ -100,11 +100,11 @@ def test_status_is_what_main_returns():
     assert script("common.run(lambda: None)").returncode == 0
 
 
-def parser() -> common.ArgumentParser:
-    made = common.ArgumentParser("test")
-    common.add_model_arguments(made)
-    common.add_run_arguments(made)
-    made.add_argument("--batches", type=common.positive, default=300, help="how many")
+def parser() -> arguments.ArgumentParser:
+    made = arguments.ArgumentParser("test")
+    arguments.add_model_arguments(made)
+    arguments.add_run_arguments(made)
+    made.add_argument("--batches", type=arguments.positive, default=300, help="how many")
     return made
 
 
@@ -128,7 +128,7 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, arguments, line):
 def test_help_tells_the_defaults_that_tell_something():
     text = " ".join(parser().format_help().split())
     assert "how many (default: 300)" in text
-    assert f"(default: {common.DEFAULT_CKPT})" in text
+    assert f"(default: {arguments.DEFAULT_CKPT})" in text
     assert "None" not in text
     assert "[]" not in text
 
@@ -178,8 +178,8 @@ def test_deterministic_mode_is_entered_only_when_asked_for():
 
 NOISY = """
 import logging, warnings
-parser = common.ArgumentParser("test")
-common.add_logging_arguments(parser)
+parser = arguments.ArgumentParser("test")
+arguments.add_logging_arguments(parser)
 common.set_up_logging(parser.parse_args())
 import bevfusion.data, pytorch_quantization, spconv.pytorch
 from pytorch_quantization.nn import TensorQuantizer

@@ -21,7 +21,7 @@ from lean.export.rounding import round_to_file
 from lean.export.sparse import export_lidar
 from lean.export.stages import CAMERA, FUSER, HEAD, LIDAR, STAGES, TRANSFORM, FileStages
 from lean.switches import disable_quantization
-from qat import common
+from qat import arguments
 from qat.deployed import dump_frame, in_stages, open_files
 from qat.exporting import example_voxels
 from tests.bevfusion import tiny_nuscenes as tiny
@@ -37,7 +37,7 @@ WEAK = DenseOptions("weak")
 
 @pytest.fixture(scope="module")
 def cfg():
-    return load_config(ROOT / common.DEFAULT_CONFIG, list(REDUCED))
+    return load_config(ROOT / arguments.DEFAULT_CONFIG, list(REDUCED))
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_damaged_folders(folder, tmp_path, damage, words):
 )
 def test_files_of_another_config(folder, change, words):
     with pytest.raises(InputError, match=words):
-        open_files(load_config(ROOT / common.DEFAULT_CONFIG, [*REDUCED, *change]), folder(WEAK_FLOAT))
+        open_files(load_config(ROOT / arguments.DEFAULT_CONFIG, [*REDUCED, *change]), folder(WEAK_FLOAT))
 
 
 def test_a_frame_that_does_not_fit(cfg, frame, folder):

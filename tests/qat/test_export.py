@@ -12,7 +12,7 @@ from mmcv.parallel import MMDataParallel
 from bevfusion.config import load_config
 from lean.errors import QuantizationError
 from lean.export.folder import all_or_none
-from qat import common
+from qat import arguments
 from qat.exporting import first_difference
 from tests.conftest import ROOT
 from tests.lean.export.samples import reduced_model, reduced_ptq
@@ -29,7 +29,7 @@ def folder(tmp_path_factory, golden) -> Path:
     path = tmp_path_factory.mktemp("models")
     model = reduced_ptq(golden)
     torch.save({"state_dict": model.state_dict()}, path / "state.pth")
-    model.ptq = {"config": {"model": load_config(ROOT / common.DEFAULT_CONFIG, list(REDUCED)).model}}
+    model.ptq = {"config": {"model": load_config(ROOT / arguments.DEFAULT_CONFIG, list(REDUCED)).model}}
     torch.save(MMDataParallel(model, device_ids=[]), path / "ptq.pth")
     torch.save({"state_dict": reduced_model().state_dict()}, path / "float.pth")
     return path

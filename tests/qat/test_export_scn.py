@@ -14,7 +14,7 @@ from mmcv.parallel import MMDataParallel
 from bevfusion.config import load_config
 from lean.export.scn_graph import load_graph
 from lean.switches import named_quantizers
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 from tests.conftest import ROOT
 from tests.lean.export.samples import prepare, reduced_model
 from tests.qat.ptq_samples import REDUCED, Outcome

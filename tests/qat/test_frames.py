@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from bevfusion.config import load_config
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 from qat.frames import choose_frames
 from tests.conftest import ROOT
 from tests.qat.ptq_samples import link_frame, options

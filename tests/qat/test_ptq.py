@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lean.switches import named_quantizers, quantized_layers
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 from tests.conftest import ROOT
 from tests.golden_model import golden_batch, golden_model, golden_state_dict
 from tests.lean.golden_names import our_quantizer

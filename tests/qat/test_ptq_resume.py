@@ -14,7 +14,7 @@ import torch
 from lean.amax import choose_amax
 from lean.statistics import Statistics
 from lean.switches import named_quantizers
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 from tests.conftest import ROOT
 from tests.qat.ptq_samples import Outcome, edit_infos, link_frame, options, run_here, with_reduced_model
 

@@ -14,7 +14,7 @@ import pytest
 from lean.report.files import read
 from lean.report.schema import FORMAT, VERSION, check
 from qat import common, ptq, report
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 from qat.model_report import mixed_table
 from tests.conftest import ROOT
 from tests.qat.ptq_samples import NO_VERIFY, Outcome, link_frame, options, with_reduced_model

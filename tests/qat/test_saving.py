@@ -17,7 +17,8 @@ from lean.artifact import Artifact
 from lean.errors import QuantizationError
 from lean.lock import sole_writer
 from qat import calibration, exporting, saving, verification
-from qat.common import DEFAULT_CONFIG, VerificationError
+from qat.arguments import DEFAULT_CONFIG
+from qat.common import VerificationError
 from qat.fresh_process import verifier
 from qat.inference import holds_whole_model, load_model
 from qat.made_up import made_up_batch

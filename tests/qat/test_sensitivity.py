@@ -28,7 +28,7 @@ from lean.sensitivity import run_trials, sensitivity_units, unit_quantizers
 from lean.sqnr import noise_between
 from lean.switches import disable_layers, named_quantizers, quantizer_flags
 from qat import common, parallel, sensitivity
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 from qat.journal import Journal
 from qat.preparing import quantised_model
 from tests.bevfusion import tiny_nuscenes as tiny

@@ -16,7 +16,7 @@ from lean.calibrate import calibrate_weights
 from lean.fold import fold_dense, fold_sparse
 from lean.insert import insert_quantizers
 from lean.switches import named_quantizers
-from qat.common import DEFAULT_CONFIG
+from qat.arguments import DEFAULT_CONFIG
 from tests.conftest import ROOT
 from tests.golden_model import golden_batch, golden_model
 from tests.lean.golden_names import our_quantizer
