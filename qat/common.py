@@ -4,14 +4,16 @@ Importing it costs nothing but the standard library, so that ``--help`` answers 
 """
 
 import argparse
+import atexit
 import errno
+import gc
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -155,12 +157,23 @@ def _log_file(path: Path) -> logging.Handler:
     return handler
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import libraries in a `with` block, and don't search what they bring for garbage while it grows."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call a script's `main` and exit with what it returns (None: 0).
 
     Bad input becomes one line on stderr and status 2, a result that fails its verification status 3, an interruption
     130, SIGTERM 143. A bug keeps its traceback.
     """
+    atexit.register(gc.freeze)  # or the interpreter's end would search all libraries for garbage, which takes seconds
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = main()

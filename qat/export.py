@@ -15,7 +15,7 @@ def main() -> None:
     args = parse_arguments(__doc__, layernorm=True, inverse=True)
     common.set_up_logging(args)
     steps = tables.Steps()
-    with steps.step("import"):
+    with steps.step("import"), common.importing():
         from lean.export.dense import export_camera, export_transfuser
         from lean.export.sparse import export_lidar
         from qat import exporting

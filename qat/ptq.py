@@ -28,7 +28,7 @@ def main() -> None:
 def quantise(args: argparse.Namespace, fresh: FreshProcess) -> None:
     """Load, insert quantizers, fold, calibrate, disable, save; then say what was done."""
     steps = tables.Steps()
-    with steps.step("import"):
+    with steps.step("import"), common.importing():
         from lean.distributed import local_device, process_group, rank
         from qat import auto, calibration, gates, saving, verification
         from qat.improve import improve

@@ -71,7 +71,7 @@ def main() -> None:
     args = parse_args()
     common.set_up_logging(args)
     steps = tables.Steps()
-    with steps.step("import"):
+    with steps.step("import"), common.importing():
         from lean.files import check_writable
         from lean.lock import sole_writer
         from lean.sensitivity import sensitivity_units

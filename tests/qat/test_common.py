@@ -1,6 +1,7 @@
 """The plumbing of the scripts: what a user sees when something is wrong, and what the helpers compute."""
 
 import argparse
+import gc
 import os
 import random
 import signal
@@ -246,3 +247,16 @@ def test_steps_record_peak_memory():
         torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
     assert steps.rows[0][2] >= 64
     assert "peak GPU MiB" in steps.table()
+
+
+def test_garbage_is_collected_again_after_imports_that_fail():
+    with pytest.raises(ImportError), common.importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+
+
+def test_the_end_of_a_script_searches_nothing_for_garbage():
+    tell = "import atexit, gc\natexit.register(lambda: print(gc.get_freeze_count()))\n"
+    assert int(script(tell + "common.run(lambda: None)").stdout) > 1000
+    assert int(script(tell).stdout) == 0
