@@ -1,6 +1,7 @@
 """The command line of the scripts of this folder: a parser, and the options that several of them have."""
 
 import argparse
+import math
 from typing import NoReturn
 
 DEFAULT_CONFIG = "bevfusion/configs/nuscenes/det/transfusion/secfpn/camera+lidar/resnet50/convfuser.yaml"
@@ -65,6 +66,14 @@ def natural(text: str) -> int:
 def positive(text: str) -> int:
     """Parse an integer of 1 or more."""
     return _integer(text, 1)
+
+
+def number(text: str) -> float:
+    """Parse a number; NaN, which no range holds, if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _integer(text: str, least: int) -> int:

@@ -10,7 +10,7 @@ METRICS = ("mAP", "NDS", "drift")
 
 def points(text: str) -> float:
     """Parse a finite number of 0 or more."""
-    value = _number(text)
+    value = arguments.number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
     return value
@@ -18,17 +18,10 @@ def points(text: str) -> float:
 
 def share(text: str) -> float:
     """Parse a number from 0 to 1."""
-    value = _number(text)
+    value = arguments.number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
     return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def add_auto_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,6 @@
 """The options of `qat/ptq.py`."""
 
 import argparse
-import math
 import os
 from pathlib import Path
 
@@ -12,10 +11,7 @@ METHODS = ("mse", "entropy", "percentile", "max")
 
 def percentage(text: str) -> float:
     """Parse a number above 0 and up to 100."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = arguments.number(text)
     if not 0 < value <= 100:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 100, got {text!r}")
     return value
